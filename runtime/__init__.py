@@ -1,0 +1,1 @@
+"""What runs on the robot: torch-free execution of an engine directory."""

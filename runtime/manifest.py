@@ -1,0 +1,255 @@
+"""The manifest of an engine directory: everything a robot needs to know, as data.
+
+A family's knowledge ends here: the runtime executes the steps and stages listed in the manifest
+and has no code per family.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from quantvla.runtime.errors import explain
+from quantvla.runtime.files import sha256_file
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all manifest parts: immutable, and an unknown key is an error."""
+
+
+class TensorSpec(_Strict):
+    """Name, numpy dtype name and fixed shape of one tensor that enters or leaves a stage."""
+
+    name: str
+    dtype: Literal["float32", "float16", "int64", "int32", "bool"]
+    shape: tuple[int, ...]
+
+
+class StageSpec(_Strict):
+    """One graph. Inputs are named tensors: made by preprocessing, by an earlier stage, or by the sampler.
+
+    ``repeat`` is how many times the sampler runs it for one action chunk.
+    """
+
+    name: str
+    file: str
+    repeat: PositiveInt
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class EulerSampler(_Strict, tag_field="kind", tag="euler"):
+    """Forward Euler: ``x <- x + step * velocity(x, t)`` for each ``t`` in ``timesteps``.
+
+    ``state``, ``time`` and ``velocity`` name the tensors of the repeated stage ``stage``;
+    noise is standard normal of ``noise_shape`` (1, horizon, padded action dimension).
+    """
+
+    stage: str
+    state: str
+    time: str
+    velocity: str
+    timesteps: tuple[float, ...]
+    step: float
+    noise_shape: tuple[int, ...]
+
+
+class Images(_Strict, tag_field="kind", tag="images"):
+    """HWC uint8 RGB images -> ``output`` (cameras, 3, height, width) float32, in the order of ``keys``.
+
+    Pixels / 255; bilinear resize without antialiasing that keeps the aspect ratio; padding left
+    and top with ``pad_value`` (in [0, 1]); then ``scale * x + offset``. Resize is skipped when
+    ``resize`` is null; ``resize`` is (height, width).
+    """
+
+    keys: tuple[str, ...]
+    output: str
+    resize: tuple[PositiveInt, PositiveInt] | None
+    pad_value: float
+    scale: float
+    offset: float
+
+
+class Normalize(_Strict, tag_field="kind", tag="normalize"):
+    """A vector of the observation -> ``output``, normalized with the statistics of ``key``.
+
+    Modes as in lerobot's NormalizerProcessorStep (``eps`` guards the division). The result is
+    padded with zeros to ``pad_to`` and gets a leading batch axis: (1, pad_to) float32.
+    """
+
+    key: str
+    output: str
+    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    eps: float
+    pad_to: PositiveInt
+
+
+class Tokenize(_Strict, tag_field="kind", tag="tokenize"):
+    """The task sentence -> ``tokens`` (1, max_length) int64 and ``mask`` (1, max_length) bool.
+
+    ``suffix`` is appended unless the text ends with it. ``file`` is a `tokenizers` JSON file in
+    the engine directory. Padded on the right with ``pad_id``; longer text is cut at
+    ``max_length``.
+    """
+
+    key: str
+    file: str
+    suffix: str
+    max_length: PositiveInt
+    pad_id: int
+    tokens: str
+    mask: str
+
+
+PreprocessStep = Images | Normalize | Tokenize
+
+
+class Unnormalize(_Strict, tag_field="kind", tag="unnormalize"):
+    """Model output (1, horizon, padded) -> (horizon, dim) in physical units, statistics of ``key``."""
+
+    key: str
+    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    eps: float
+    dim: PositiveInt
+
+
+PostprocessStep = Unnormalize
+
+
+class FeatureStatistics(_Strict):
+    """Per-dimension statistics of one feature, physical units; absent ones are null."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    min: tuple[float, ...] | None = None
+    max: tuple[float, ...] | None = None
+    q01: tuple[float, ...] | None = None
+    q99: tuple[float, ...] | None = None
+    q10: tuple[float, ...] | None = None
+    q90: tuple[float, ...] | None = None
+
+
+class CameraSpec(_Strict):
+    """A camera the policy was trained with: observation key and (height, width) of its images."""
+
+    key: str
+    height: PositiveInt
+    width: PositiveInt
+
+
+class VectorSpec(_Strict):
+    """A vector feature: observation key, length and the names of its entries (empty if unknown)."""
+
+    key: str
+    dim: PositiveInt
+    names: tuple[str, ...] = ()
+
+
+class ActionSpec(_Strict):
+    """What a chunk is: ``horizon`` steps of ``dim`` numbers, of which ``execute`` are run before the next."""
+
+    horizon: PositiveInt
+    execute: PositiveInt
+    dim: PositiveInt
+    names: tuple[str, ...] = ()
+
+
+class Source(_Strict):
+    """Where the engine came from."""
+
+    checkpoint_sha256: str
+    policy_type: str
+    calibration_sha256: str | None = None
+
+
+class Manifest(_Strict):
+    """The content of ``manifest.json``."""
+
+    schema_version: int
+    family: str
+    recipe: str
+    target: str
+    stages: tuple[StageSpec, ...]
+    sampler: EulerSampler
+    preprocess: tuple[PreprocessStep, ...]
+    postprocess: tuple[PostprocessStep, ...]
+    statistics: dict[str, FeatureStatistics]
+    cameras: tuple[CameraSpec, ...]
+    state: VectorSpec
+    task_key: str
+    action: ActionSpec
+    files: dict[str, str]
+    source: Source
+    versions: dict[str, str]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the manifest as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Return the manifest of an engine directory; an older or newer schema, or an unknown step, is refused."""
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise explain(
+            directory,
+            f"not an engine directory (no {MANIFEST_FILE})",
+            remedy="give the directory that `quantvla export` wrote",
+        )
+    data = path.read_bytes()
+    _check_schema(path, data)
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise explain(
+            path,
+            f"does not describe an engine this version can run ({error})",
+            remedy="export the engine again with this version of quantvla",
+        ) from error
+
+
+def _check_schema(path: Path, data: bytes) -> None:
+    class Header(msgspec.Struct):
+        schema_version: int
+
+    try:
+        version = msgspec.json.decode(data, type=Header).schema_version
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise explain(
+            path, f"is not a manifest ({error})", remedy="export the engine again"
+        ) from error
+    if version > SCHEMA_VERSION:
+        raise explain(
+            path,
+            f"schema version newer than {SCHEMA_VERSION}, the newest this runtime knows",
+            got=version,
+            remedy="upgrade quantvla on this machine",
+        )
+    if version < 1:
+        raise explain(path, "unknown schema version", got=version, remedy="export the engine again")
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Raise `QuantVLAError` if a file listed in the manifest is missing or its SHA-256 differs."""
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise explain(
+                path, "listed in the manifest but missing", remedy="copy the engine again"
+            )
+        found = sha256_file(path)
+        if found != expected:
+            raise explain(
+                path,
+                f"checksum mismatch, expected {expected[:12]}…",
+                got=f"{found[:12]}…",
+                remedy="copy the engine again or export it again",
+            )
