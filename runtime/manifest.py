@@ -24,7 +24,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all manifest parts: immutable, and an unknown key is an error."""
 
 
-class TensorSpec(_Strict):
+class TensorSpec(_Strict, frozen=True, kw_only=True):
     """Name, numpy dtype name and fixed shape of one tensor that enters or leaves a stage."""
 
     name: str
@@ -32,7 +32,7 @@ class TensorSpec(_Strict):
     shape: tuple[int, ...]
 
 
-class StageSpec(_Strict):
+class StageSpec(_Strict, frozen=True, kw_only=True):
     """One graph. Inputs are named tensors: made by preprocessing, by an earlier stage, or by the sampler.
 
     ``repeat`` is how many times the sampler runs it for one action chunk.
@@ -45,7 +45,7 @@ class StageSpec(_Strict):
     outputs: tuple[TensorSpec, ...]
 
 
-class EulerSampler(_Strict, tag_field="kind", tag="euler"):
+class EulerSampler(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="euler"):
     """Forward Euler: ``x <- x + step * velocity(x, t)`` for each ``t`` in ``timesteps``.
 
     ``state``, ``time`` and ``velocity`` name the tensors of the repeated stage ``stage``;
@@ -61,7 +61,7 @@ class EulerSampler(_Strict, tag_field="kind", tag="euler"):
     noise_shape: tuple[int, ...]
 
 
-class Images(_Strict, tag_field="kind", tag="images"):
+class Images(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="images"):
     """HWC uint8 RGB images -> ``output`` (cameras, 3, height, width) float32, in the order of ``keys``.
 
     Pixels / 255; bilinear resize without antialiasing that keeps the aspect ratio; padding left
@@ -77,7 +77,7 @@ class Images(_Strict, tag_field="kind", tag="images"):
     offset: float
 
 
-class Normalize(_Strict, tag_field="kind", tag="normalize"):
+class Normalize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="normalize"):
     """A vector of the observation -> ``output``, normalized with the statistics of ``key``.
 
     Modes as in lerobot's NormalizerProcessorStep (``eps`` guards the division). The result is
@@ -91,7 +91,7 @@ class Normalize(_Strict, tag_field="kind", tag="normalize"):
     pad_to: PositiveInt
 
 
-class Tokenize(_Strict, tag_field="kind", tag="tokenize"):
+class Tokenize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="tokenize"):
     """The task sentence -> ``tokens`` (1, max_length) int64 and ``mask`` (1, max_length) bool.
 
     ``suffix`` is appended unless the text ends with it. ``file`` is a `tokenizers` JSON file in
@@ -111,7 +111,7 @@ class Tokenize(_Strict, tag_field="kind", tag="tokenize"):
 PreprocessStep = Images | Normalize | Tokenize
 
 
-class Unnormalize(_Strict, tag_field="kind", tag="unnormalize"):
+class Unnormalize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unnormalize"):
     """Model output (1, horizon, padded) -> (horizon, dim) in physical units, statistics of ``key``."""
 
     key: str
@@ -123,7 +123,7 @@ class Unnormalize(_Strict, tag_field="kind", tag="unnormalize"):
 PostprocessStep = Unnormalize
 
 
-class FeatureStatistics(_Strict):
+class FeatureStatistics(_Strict, frozen=True, kw_only=True):
     """Per-dimension statistics of one feature, physical units; absent ones are null."""
 
     mean: tuple[float, ...] | None = None
@@ -136,7 +136,7 @@ class FeatureStatistics(_Strict):
     q90: tuple[float, ...] | None = None
 
 
-class CameraSpec(_Strict):
+class CameraSpec(_Strict, frozen=True, kw_only=True):
     """A camera the policy was trained with: observation key and (height, width) of its images."""
 
     key: str
@@ -144,7 +144,7 @@ class CameraSpec(_Strict):
     width: PositiveInt
 
 
-class VectorSpec(_Strict):
+class VectorSpec(_Strict, frozen=True, kw_only=True):
     """A vector feature: observation key, length and the names of its entries (empty if unknown)."""
 
     key: str
@@ -152,7 +152,7 @@ class VectorSpec(_Strict):
     names: tuple[str, ...] = ()
 
 
-class ActionSpec(_Strict):
+class ActionSpec(_Strict, frozen=True, kw_only=True):
     """What a chunk is: ``horizon`` steps of ``dim`` numbers, of which ``execute`` are run before the next."""
 
     horizon: PositiveInt
@@ -161,7 +161,7 @@ class ActionSpec(_Strict):
     names: tuple[str, ...] = ()
 
 
-class Source(_Strict):
+class Source(_Strict, frozen=True, kw_only=True):
     """Where the engine came from."""
 
     checkpoint_sha256: str
@@ -169,7 +169,7 @@ class Source(_Strict):
     calibration_sha256: str | None = None
 
 
-class Manifest(_Strict):
+class Manifest(_Strict, frozen=True, kw_only=True):
     """The content of ``manifest.json``."""
 
     schema_version: int
