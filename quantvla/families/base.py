@@ -1,0 +1,119 @@
+"""What a family is: how its checkpoint is loaded, cut into stages, and described as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from quantvla.runtime.manifest import (
+    ActionSpec,
+    CameraSpec,
+    EulerSampler,
+    FeatureStatistics,
+    PostprocessStep,
+    PreprocessStep,
+    TensorSpec,
+    VectorSpec,
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer of the policy.
+
+    ``name`` is its module path in the policy. ``part`` (vision, connector, llm, expert, encoder,
+    decoder) and ``role`` (attention, mlp, projection) are what recipes select by. ``producer`` is
+    the module that writes its input where that is a norm or a linear, ``siblings`` the sites that
+    read the same input. ``unused`` says why inference never reads its output ("" when it does).
+    """
+
+    name: str
+    stage: str
+    part: str
+    role: str
+    kind: str
+    layer: int | None
+    out_features: int
+    in_features: int
+    bias: bool
+    producer: str | None = None
+    siblings: tuple[str, ...] = ()
+    unused: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the policy that becomes one graph: float32 tensors in and out, in the order of the specs.
+
+    ``module`` shares its weights with the policy, so a site replaced there is replaced here.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What the outside of a policy looks like; goes into the engine's manifest as it is.
+
+    ``files`` are small files the engine carries, by name (the tokenizer).
+    """
+
+    preprocess: tuple[PreprocessStep, ...]
+    postprocess: tuple[PostprocessStep, ...]
+    statistics: dict[str, FeatureStatistics]
+    cameras: tuple[CameraSpec, ...]
+    state: VectorSpec
+    task_key: str
+    action: ActionSpec
+    sampler: EulerSampler
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A float policy in memory, its linears, its stages and its interface."""
+
+    directory: Path
+    family: str
+    policy: nn.Module
+    sites: tuple[Site, ...]
+    stages: tuple[Stage, ...]
+    interface: Interface
+
+    @property
+    def used_sites(self) -> tuple[Site, ...]:
+        """The sites whose output inference reads."""
+        return tuple(site for site in self.sites if not site.unused)
+
+    def stage(self, name: str) -> Stage:
+        """Return the stage called ``name``."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One VLA architecture: ``policy_type`` of its checkpoints and the function that loads one."""
+
+    policy_type: str
+    load: Callable[[Path], LoadedPolicy]
+
+
+@contextmanager
+def replaced(policy: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Put ``modules`` (by module path) in the place of the policy's own while the block runs."""
+    originals = {name: policy.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            policy.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            policy.set_submodule(name, module)

@@ -1,0 +1,117 @@
+"""The reference integer arithmetic: every quantizer, packer and kernel is checked against this file.
+
+Weights are symmetric, block-wise along the input dimension. Activations are symmetric int8 per
+token and block, which is what ONNX Runtime's ``MatMulNBits`` computes with ``accuracy_level=4``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127
+_SCALE_CANDIDATES = 48
+_SMALLEST_RATIO = 0.5
+_TINY = 2.0**-24  # the smallest positive half-precision number
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integer weight of one linear.
+
+    ``codes``: (out, in) int8 in [-2^(bits-1), 2^(bits-1) - 1]; ``scales``: (out, in / block)
+    float16. The weight they stand for is ``codes * scales`` with each scale spread over its block.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    block: int
+
+    def dequantize(self) -> Tensor:
+        """Return the represented weight: (out, in) float32."""
+        rows, columns = self.codes.shape
+        blocks = self.codes.view(rows, columns // self.block, self.block).float()
+        return (blocks * self.scales.float()[..., None]).view(rows, columns)
+
+
+def quantize_weight(
+    weight: Tensor, bits: int, block: int, importance: Tensor | None = None
+) -> QuantizedWeight:
+    """Round ``weight`` (out, in) to integers with the block scales of least weighted error.
+
+    For each block the scale is searched among fractions of the one that just covers the largest
+    magnitude; the error of a candidate is ``sum_k importance_k (w_k - s q_k)^2`` with
+    ``importance``: (in,) the second moment E[x_k^2] of the input channel (all ones when absent).
+    Scales are rounded to half precision before the codes are computed, so the stored pair is exact.
+    """
+    rows, columns = weight.shape
+    high = 2 ** (bits - 1) - 1
+    blocks = weight.detach().float().view(rows, columns // block, block)
+    importance = torch.ones(columns) if importance is None else importance.float()
+    per_block = importance.view(1, columns // block, block)
+    largest = blocks.abs().amax(-1)
+    best_error = torch.full_like(largest, torch.inf)
+    best_scale = torch.ones_like(largest)
+    for ratio in torch.linspace(1.0, _SMALLEST_RATIO, _SCALE_CANDIDATES).tolist():
+        scale = (largest * ratio / high).clamp_min(_TINY).half().float()
+        error = ((_round_to(blocks, scale, high) * scale[..., None] - blocks).square() * per_block).sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    codes = _round_to(blocks, best_scale, high).to(torch.int8).view(rows, columns)
+    return QuantizedWeight(codes, best_scale.half(), bits, block)
+
+
+def _round_to(blocks: Tensor, scale: Tensor, high: int) -> Tensor:
+    return (blocks / scale[..., None]).round().clamp(-high - 1, high)
+
+
+def quantize_activation(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return int8 codes (tokens, blocks, block), as float32, and scales (tokens, blocks) of ``x`` (tokens, in).
+
+    Symmetric, scale = largest magnitude / 127 per token and block, round half to even.
+    """
+    tokens, columns = x.shape
+    blocks = x.float().view(tokens, columns // block, block)
+    scale = blocks.abs().amax(-1) / INT8_MAX
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    codes = (blocks * inverse[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
+    return codes, scale
+
+
+def integer_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return ``x W^T + b`` in integer arithmetic: x (..., in) -> (..., out) float32.
+
+    Within a block the dot product of int8 activation codes and integer weight codes is exact;
+    the block sums are scaled and added in float32.
+    """
+    rows, columns = weight.codes.shape
+    flat = x.reshape(-1, columns)
+    codes, scale = quantize_activation(flat, weight.block)
+    weight_codes = weight.codes.view(rows, columns // weight.block, weight.block).float()
+    # (blocks, tokens, block) @ (blocks, block, out): exact, every partial sum is below 2^24
+    dots = torch.bmm(codes.transpose(0, 1), weight_codes.permute(1, 2, 0))
+    scaled = dots * scale.t()[..., None] * weight.scales.float().t()[:, None, :]
+    out = scaled.sum(0)
+    if bias is not None:
+        out = out + bias.float()
+    return out.view(*x.shape[:-1], rows)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int4 codes (out, in) two to a byte: (out, in / 2) uint8, even input channel in the low nibble.
+
+    Codes are stored with an offset of 8 (0..15), as ``MatMulNBits`` expects.
+    """
+    unsigned = (codes.to(torch.int16) + 8).to(torch.uint8)
+    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Return the int8 codes (out, in) of `pack_int4`."""
+    low, high = packed & 0x0F, packed >> 4
+    pairs = torch.stack((low, high), dim=-1).view(packed.shape[0], -1)
+    return pairs.to(torch.int8) - 8

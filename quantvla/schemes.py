@@ -1,0 +1,73 @@
+"""Number formats a site can be given. A format is a value, not a class hierarchy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantvla.runtime.errors import explain, nearest
+
+FP16_BITS = 16
+SCALE_BITS = 16  # block scales are stored in half precision
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weight and the input of one linear are represented.
+
+    Weights: signed ``weight_bits``-bit integers, symmetric, one half-precision scale per ``block``
+    consecutive input channels of an output row. Activations: signed ``activation_bits``-bit
+    integers, symmetric, one scale per token and block, computed at run time. ``block == 0`` and
+    ``weight_bits == 16`` is the float format.
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    block: int = 0
+
+    @property
+    def is_float(self) -> bool:
+        """True when nothing is quantized."""
+        return self.weight_bits >= FP16_BITS
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Return the bytes of a weight matrix in this format, block scales included.
+
+        Float weights are counted in half precision, the reference of "memory saved".
+        """
+        if self.is_float:
+            return out_features * in_features * FP16_BITS // 8
+        codes = out_features * in_features * self.weight_bits // 8
+        return codes + out_features * (in_features // self.block) * SCALE_BITS // 8
+
+
+FLOAT = Scheme("float", FP16_BITS, FP16_BITS)
+DROPPED = Scheme("dropped", 0, 0)
+
+_INTEGER = {"w4a8": (4, 8)}
+
+
+def resolve_scheme(
+    name: str, blocks: tuple[int, ...], *, site: str, in_features: int
+) -> Scheme:
+    """Return the scheme called ``name`` with the first of ``blocks`` that divides ``in_features``.
+
+    Raises `QuantVLAError` for an unknown scheme, or naming the site when no block fits.
+    """
+    if name == FLOAT.name:
+        return FLOAT
+    if name not in _INTEGER:
+        raise explain(
+            f"scheme {name!r}", "unknown", remedy=nearest(name, [FLOAT.name, *_INTEGER])
+        )
+    weight_bits, activation_bits = _INTEGER[name]
+    for block in blocks:
+        if in_features % block == 0:
+            return Scheme(name, weight_bits, activation_bits, block)
+    raise explain(
+        site,
+        f"its input dimension is not a multiple of the block {' or '.join(map(str, blocks))}",
+        got=in_features,
+        remedy="add a smaller block to the rule (16, 32, 64, 128 and 256 have kernels) or a rule "
+        "that leaves this site float",
+    )
