@@ -1,0 +1,50 @@
+"""Which engine library runs the stages of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from quantvla.runtime.errors import explain, nearest
+from quantvla.runtime.manifest import StageSpec
+from quantvla.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+
+class Session(Protocol):
+    """One loaded stage."""
+
+    def run(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the stage's outputs by name; ``tensors`` holds at least its inputs."""
+        ...
+
+
+class Backend(Protocol):
+    """An engine library."""
+
+    def load(self, path: Path, stage: StageSpec, threads: int) -> Session:
+        """Return the stage in ``path``, ready to run; raises `QuantVLAError` if it differs from ``stage``."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Return the names and versions of the libraries that run the stages."""
+        ...
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "cpu": OnnxRuntimeBackend(provider="CPUExecutionProvider"),
+}
+
+
+def backend_for(target: str) -> Backend:
+    """Return the backend of ``target``; raises `QuantVLAError` for one this runtime does not know."""
+    if target not in BACKENDS:
+        raise explain(
+            "manifest target",
+            "this runtime cannot run it",
+            got=repr(target),
+            remedy=f"export for another target ({nearest(target, BACKENDS)})",
+        )
+    return BACKENDS[target]

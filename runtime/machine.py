@@ -1,0 +1,65 @@
+"""What this process may use and has used: cores and memory (Linux; elsewhere what Python knows)."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_CPUS = Path("/sys/devices/system/cpu")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of this process in MiB: now, at its peak, and the part of now that is no mapped file."""
+
+    resident_mb: float
+    peak_rss_mb: float
+    anonymous_mb: float
+
+
+def physical_cores() -> int:
+    """Return how many physical cores this process may run on: affinity and container quota counted.
+
+    Two hardware threads of one core count once: a matrix product gains nothing from the second.
+    """
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+    cores = {_siblings(cpu) for cpu in allowed}
+    return max(1, min(len(cores), _quota_cores()))
+
+
+def _siblings(cpu: int) -> str:
+    """Return what is the same for all hardware threads of the core that ``cpu`` is one of."""
+    try:
+        return (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quota_cores() -> int:
+    """Return the container's CPU quota in cores, rounded up; a large number if there is none."""
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or the quota is "max"
+        return 1 << 20
+
+
+def memory() -> Memory | None:
+    """Return the memory of this process from /proc, or None where there is no /proc."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    kib = {
+        name: int(rest.split()[0])
+        for name, _, rest in (line.partition(":") for line in lines)
+        if rest.strip().endswith("kB")
+    }
+    return Memory(kib["VmRSS"] / 1024, kib["VmHWM"] / 1024, kib["RssAnon"] / 1024)

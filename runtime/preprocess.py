@@ -1,0 +1,241 @@
+"""Observation -> model inputs, and model output -> actions, by executing a manifest's steps.
+
+The compiler calibrates and verifies with these classes too: one resize, one normalization and one
+tokenizer for calibration, verification and the robot.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantvla.runtime.errors import explain
+from quantvla.runtime.manifest import (
+    CameraSpec,
+    FeatureStatistics,
+    Images,
+    Normalize,
+    PostprocessStep,
+    PreprocessStep,
+    Tokenize,
+    VectorSpec,
+)
+from quantvla.runtime.normalize import make_normalizer
+from quantvla.runtime.observation import (
+    check_no_other_images,
+    read_image,
+    read_text,
+    read_vector,
+)
+from quantvla.runtime.resize import fitted_size, resize_with_pad
+from quantvla.runtime.text import TaskTokenizer
+
+Observation = Mapping[str, object]
+Tensors = dict[str, NDArray[Any]]
+
+_logger = logging.getLogger(__name__)
+
+
+class Preprocessor:
+    """Executes preprocessing steps on one observation at a time.
+
+    An observation maps camera keys to (height, width, 3) uint8 RGB images, the state key to the
+    raw vector in physical units and the task key to a sentence. Images under other keys are an
+    error; other unknown keys are ignored. An image of another size than its camera in ``cameras``
+    is resized like any other if there is a resize step, with one warning per camera (the size in
+    a checkpoint is often not the size the robot recorded at); without a resize step it is an error.
+
+    ``directory`` holds the tokenizer file that a Tokenize step names. ``state`` gives the length
+    and the names of the state vector; without it the length is that of the statistics.
+    Raises `QuantVLAError` for a step it does not know and for missing statistics.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[PreprocessStep],
+        statistics: Mapping[str, FeatureStatistics],
+        directory: str | os.PathLike[str],
+        *,
+        cameras: Sequence[CameraSpec] = (),
+        state: VectorSpec | None = None,
+    ) -> None:
+        self._tokenizers: list[TaskTokenizer] = []
+        self._runners: list[Callable[[Observation], Tensors]] = []
+        keys: set[str] = set()
+        for step in steps:
+            if isinstance(step, Images):
+                keys.update(step.keys)
+                self._runners.append(_ImageRunner(step, cameras))
+            elif isinstance(step, Normalize):
+                keys.add(step.key)
+                self._runners.append(_VectorRunner(step, statistics, state))
+            elif isinstance(step, Tokenize):
+                keys.add(step.key)
+                runner = _TextRunner(step, Path(directory))
+                self._tokenizers.append(runner.tokenizer)
+                self._runners.append(runner)
+            else:
+                raise explain(
+                    "preprocessing",
+                    "unknown step",
+                    got=type(step).__name__,
+                    remedy="upgrade quantvla on this machine; known: Images, Normalize, Tokenize",
+                )
+        self.keys = frozenset(keys)
+
+    @property
+    def truncated(self) -> int:
+        """How many sentences were cut because they were longer than the model takes."""
+        return sum(tokenizer.truncated for tokenizer in self._tokenizers)
+
+    def __call__(self, obs: Observation) -> Tensors:
+        """Return the model's input tensors by name; raises `QuantVLAError` for a bad observation."""
+        check_no_other_images(obs, self.keys)
+        tensors: Tensors = {}
+        for runner in self._runners:
+            tensors.update(runner(obs))
+        return tensors
+
+
+class _ImageRunner:
+    def __init__(self, step: Images, cameras: Sequence[CameraSpec]) -> None:
+        self._step = step
+        self._expected = {c.key: (c.height, c.width) for c in cameras}
+        self._warned: set[str] = set()
+
+    def __call__(self, obs: Observation) -> Tensors:
+        images = [self._one(obs, key) for key in self._step.keys]
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1:
+            raise explain(
+                f"observation {', '.join(map(repr, self._step.keys))}",
+                "cameras must have one size, since the engine does not resize",
+                got=", ".join(str(image.shape[1:]) for image in images),
+                remedy="resize them before",
+            )
+        return {self._step.output: np.stack(images)}
+
+    def _one(self, obs: Observation, key: str) -> NDArray[np.float32]:
+        image = read_image(obs, key)
+        step = self._step
+        self._check_size(key, (image.shape[0], image.shape[1]))
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1)) / np.float32(255)
+        if step.resize is not None:
+            planes = resize_with_pad(planes, step.resize, step.pad_value)
+        planes *= np.float32(step.scale)
+        planes += np.float32(step.offset)
+        return planes
+
+    def _check_size(self, key: str, size: tuple[int, int]) -> None:
+        expected = self._expected.get(key, size)
+        resize = self._step.resize
+        if resize is not None and 0 in fitted_size(size, resize):
+            raise explain(
+                f"observation {key!r}",
+                f"image is too thin to fit into {resize[0]}x{resize[1]}",
+                got=f"{size[0]}x{size[1]} (height x width)",
+                remedy="check the camera",
+            )
+        if size == expected:
+            return
+        if resize is None:
+            raise explain(
+                f"observation {key!r}",
+                f"expected an image of {expected[0]}x{expected[1]} (height x width), and the "
+                "engine does not resize",
+                got=f"{size[0]}x{size[1]}",
+                remedy="resize it before",
+            )
+        if key not in self._warned:
+            self._warned.add(key)
+            same = size[0] * expected[1] == size[1] * expected[0]
+            _logger.warning(
+                "observation %r: the policy's camera is %dx%d (height x width), got %dx%d; %s",
+                key,
+                *expected,
+                *size,
+                "it is resized"
+                if same
+                else "the aspect ratio differs, so objects appear at other "
+                "places than in training: crop the image unless the policy was trained like this",
+            )
+
+
+class _VectorRunner:
+    def __init__(
+        self,
+        step: Normalize,
+        statistics: Mapping[str, FeatureStatistics],
+        state: VectorSpec | None,
+    ) -> None:
+        self._step = step
+        self._normalizer = make_normalizer(step.key, step.mode, step.eps, statistics.get(step.key))
+        known = state if state is not None and state.key == step.key else None
+        self._names = known.names if known else ()
+        self._dim = known.dim if known else self._normalizer.dim
+        stated = self._normalizer.dim
+        if self._dim is not None and (self._dim > step.pad_to or stated not in (None, self._dim)):
+            raise explain(
+                f"observation {step.key!r}",
+                f"a vector of {self._dim} does not fit statistics of {stated} and a model input "
+                f"of {step.pad_to}",
+                remedy="export the engine again",
+            )
+
+    def __call__(self, obs: Observation) -> Tensors:
+        vector = read_vector(obs, self._step.key, self._dim, self._names)
+        if vector.size > self._step.pad_to:
+            raise explain(
+                f"observation {self._step.key!r}",
+                f"expected at most {self._step.pad_to} numbers",
+                got=vector.size,
+                remedy="pass the raw vector",
+            )
+        padded = np.zeros((1, self._step.pad_to), dtype=np.float32)
+        padded[0, : vector.size] = self._normalizer.normalize(vector)
+        return {self._step.output: padded}
+
+
+class _TextRunner:
+    def __init__(self, step: Tokenize, directory: Path) -> None:
+        self._step = step
+        self.tokenizer = TaskTokenizer(step, directory)
+
+    def __call__(self, obs: Observation) -> Tensors:
+        tokens, mask = self.tokenizer(read_text(obs, self._step.key))
+        return {self._step.tokens: tokens, self._step.mask: mask}
+
+
+class Postprocessor:
+    """Turns a model output into actions in physical units with a manifest's postprocessing steps."""
+
+    def __init__(
+        self, steps: Sequence[PostprocessStep], statistics: Mapping[str, FeatureStatistics]
+    ) -> None:
+        if len(steps) != 1:
+            raise explain(
+                "postprocessing",
+                "expected one unnormalize step",
+                got=f"{len(steps)} steps",
+                remedy="export the engine again",
+            )
+        step = steps[0]
+        self._dim = step.dim
+        self._normalizer = make_normalizer(step.key, step.mode, step.eps, statistics.get(step.key))
+        if self._normalizer.dim not in (None, step.dim):
+            raise explain(
+                f"statistics of {step.key!r}",
+                f"expected {step.dim} entries",
+                got=self._normalizer.dim,
+                remedy="export the engine again",
+            )
+
+    def __call__(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
+        """output: (1, horizon, padded) normalized -> (horizon, dim) float32, physical units."""
+        return self._normalizer.unnormalize(output[0, :, : self._dim])

@@ -1,0 +1,34 @@
+"""Integration of a velocity field from noise to actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+Velocity = Callable[[FloatArray, float], FloatArray]
+Observer = Callable[[FloatArray, FloatArray], None]
+
+
+def euler_integrate(
+    velocity: Velocity,
+    noise: FloatArray,
+    timesteps: Sequence[float],
+    step: float,
+    observe: Observer | None = None,
+) -> FloatArray:
+    """Return x after ``x <- x + step * velocity(x, t)`` for each t, in float32.
+
+    noise: (1, horizon, padded action dimension) -> the same shape. The same arithmetic, in the
+    same order, as lerobot's ``euler_integrate``. ``observe(x, v)`` sees every step's x and velocity.
+    """
+    x = noise
+    dt = np.float32(step)
+    for t in timesteps:
+        v = velocity(x, t)
+        if observe is not None:
+            observe(x, v)
+        x = x + dt * v
+    return x

@@ -1,0 +1,134 @@
+"""Whether the parts of a manifest fit together, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from quantvla.runtime.errors import QuantVLAError, explain, nearest
+from quantvla.runtime.manifest import (
+    Images,
+    Manifest,
+    Normalize,
+    PreprocessStep,
+    TensorSpec,
+    Tokenize,
+)
+
+_REMEDY = "export the engine again"
+
+
+def check_wiring(manifest: Manifest) -> None:
+    """Raise `QuantVLAError` unless every stage finds its inputs and sampler and action agree.
+
+    Each stage's inputs must be made by preprocessing or by an earlier stage with the same dtype
+    and shape. The sampler drives the last stage, once per timestep; the others run once. Every
+    file that a stage or step names must be listed with its checksum.
+    """
+    _check_files(manifest)
+    _check_sampler(manifest)
+    _check_action(manifest)
+    made = {spec.name: spec for step in manifest.preprocess for spec in _outputs(step, manifest)}
+    for stage in manifest.stages:
+        if stage.name == manifest.sampler.stage:
+            made |= {spec.name: spec for spec in _sampler_tensors(manifest)}
+        for spec in stage.inputs:
+            _check_input(stage.name, spec, made)
+        made |= {spec.name: spec for spec in stage.outputs}
+
+
+def _outputs(step: PreprocessStep, manifest: Manifest) -> tuple[TensorSpec, ...]:
+    """Return the tensors that a preprocessing step makes."""
+    if isinstance(step, Images):
+        return (TensorSpec(name=step.output, dtype="float32", shape=_image_shape(step, manifest)),)
+    if isinstance(step, Normalize):
+        return (TensorSpec(name=step.output, dtype="float32", shape=(1, step.pad_to)),)
+    shape = (1, step.max_length)
+    return (
+        TensorSpec(name=step.tokens, dtype="int64", shape=shape),
+        TensorSpec(name=step.mask, dtype="bool", shape=shape),
+    )
+
+
+def _image_shape(step: Images, manifest: Manifest) -> tuple[int, ...]:
+    cameras = {camera.key: camera for camera in manifest.cameras}
+    for key in step.keys:
+        if key not in cameras:
+            raise _error(
+                "images", f"unknown camera {key!r}", remedy=nearest(key, cameras) + f"; {_REMEDY}"
+            )
+    first = cameras[step.keys[0]]
+    height, width = step.resize or (first.height, first.width)
+    return (len(step.keys), 3, height, width)
+
+
+def _sampler_tensors(manifest: Manifest) -> tuple[TensorSpec, TensorSpec]:
+    sampler = manifest.sampler
+    return (
+        TensorSpec(name=sampler.state, dtype="float32", shape=sampler.noise_shape),
+        TensorSpec(name=sampler.time, dtype="float32", shape=(1,)),
+    )
+
+
+def _check_input(stage: str, spec: TensorSpec, made: dict[str, TensorSpec]) -> None:
+    where = f"stage {stage!r} input {spec.name!r}"
+    source = made.get(spec.name)
+    if source is None:
+        raise _error(where, "nothing makes it", remedy=f"{nearest(spec.name, made)}; {_REMEDY}")
+    if source != spec:
+        raise _error(
+            where,
+            f"expected {spec.dtype} {list(spec.shape)}",
+            got=f"{source.dtype} {list(source.shape)}",
+        )
+
+
+def _check_sampler(manifest: Manifest) -> None:
+    sampler = manifest.sampler
+    names = [stage.name for stage in manifest.stages]
+    if not names or names[-1] != sampler.stage or names.count(sampler.stage) != 1:
+        raise _error("sampler", f"stage {sampler.stage!r} must be the last one", got=names)
+    *once, repeated = manifest.stages
+    for stage, repeat in [*((stage, 1) for stage in once), (repeated, len(sampler.timesteps))]:
+        if stage.repeat != repeat:
+            raise _error(f"stage {stage.name!r}", f"expected repeat {repeat}", got=stage.repeat)
+    velocity = TensorSpec(name=sampler.velocity, dtype="float32", shape=sampler.noise_shape)
+    if velocity not in repeated.outputs:
+        raise _error(
+            f"stage {repeated.name!r}",
+            f"expected an output {velocity.name!r} float32 {list(velocity.shape)}",
+            got=[f"{o.name} {o.dtype} {list(o.shape)}" for o in repeated.outputs],
+        )
+
+
+def _check_action(manifest: Manifest) -> None:
+    action, shape = manifest.action, manifest.sampler.noise_shape
+    if len(shape) != 3 or shape[:2] != (1, action.horizon) or shape[2] < action.dim:
+        raise _error(
+            "sampler",
+            f"expected noise of shape [1, {action.horizon}, at least {action.dim}]",
+            got=list(shape),
+        )
+    if action.execute > action.horizon:
+        raise _error("action", f"cannot execute more than {action.horizon}", got=action.execute)
+    for step in manifest.postprocess:
+        if step.dim != action.dim:
+            raise _error("postprocessing", f"expected dim {action.dim}", got=step.dim)
+    for name, spec in (("action", action), ("state", manifest.state)):
+        if spec.names and len(spec.names) != spec.dim:
+            raise _error(name, f"expected {spec.dim} names", got=len(spec.names))
+
+
+def _check_files(manifest: Manifest) -> None:
+    named = [stage.file for stage in manifest.stages]
+    named += [step.file for step in manifest.preprocess if isinstance(step, Tokenize)]
+    for name in named:
+        if name not in manifest.files:
+            raise _error("files", f"{name!r} has no checksum")
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise _error("files", "must lie inside the engine directory", got=repr(name))
+
+
+def _error(part: str, wrong: str, *, got: object = None, remedy: str = _REMEDY) -> QuantVLAError:
+    return explain(f"manifest {part}", wrong, got=got, remedy=remedy)
