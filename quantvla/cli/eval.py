@@ -1,0 +1,148 @@
+"""``quantvla eval``: closed-loop success of checkpoints and engines on the same episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from quantvla.runtime.errors import QuantVLAError, explain
+
+if TYPE_CHECKING:
+    from quantvla.evaluate.arms import Arm
+    from quantvla.evaluate.results import ArmResult, Evaluation, TaskResult
+
+RESULT_FILE = "evaluation.json"
+FILM_FILE = "film.gif"
+FILM_TASKS = 4
+
+
+@click.command("eval")
+@click.argument("arms", nargs=-1, required=True, metavar="NAME=DIRECTORY...")
+@click.option("--tasks", default="all", show_default=True, help="Task names, separated by commas.")
+@click.option("--episodes", default=20, show_default=True, help="Episodes per task.")
+@click.option("--seed", default=0, show_default=True, help="Which goals and flow noise (0 to 99).")
+@click.option("--execute", type=int, help="Actions run of each chunk [default: the policy's].")
+@click.option("--processes", type=click.IntRange(min=1), help="Workers [default: all cores].")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory for the result and the journal; the same command again resumes.",
+)
+@click.option("--film", is_flag=True, help=f"Also write {FILM_FILE}, arms side by side (needs -o).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def eval_command(
+    arms: Sequence[str],
+    tasks: str,
+    episodes: int,
+    seed: int,
+    execute: int | None,
+    processes: int | None,
+    output: Path | None,
+    film: bool,
+    as_json: bool,
+) -> None:
+    """Run policies in closed loop in Meta-World and compare their success.
+
+    Each arm is a LeRobot checkpoint or an engine directory with a name of your choice. All arms
+    get the same goals and the same flow noise, so that they differ by the policy alone:
+
+        quantvla eval float=CHECKPOINT_DIR w4a8=ENGINE_DIR --episodes 20 -o build/eval
+    """
+    from quantvla.evaluate.closed_loop import JOURNAL_FILE, EvaluationPlan, evaluate
+    from quantvla.runtime.files import write_atomic
+
+    if film and output is None:
+        raise explain("--film", "has no place to go", remedy="give an output directory with -o")
+    named = parse_arms(arms)
+    plan = EvaluationPlan(tuple(tasks.split(",")), episodes, seed, execute)
+    journal = None if output is None else output / JOURNAL_FILE
+    result = evaluate(named, plan, processes=processes, journal=journal)
+    encoded = msgspec.json.format(msgspec.json.encode(result), indent=2)
+    if output is not None:
+        write_atomic(output / RESULT_FILE, encoded + b"\n")
+        if film:
+            _write_film(named, result, output / FILM_FILE)
+    if as_json:
+        click.echo(encoded.decode())
+    else:
+        print_evaluation(result, Console())
+
+
+def parse_arms(arguments: Sequence[str]) -> tuple[Arm, ...]:
+    """Return the arms of ``NAME=DIRECTORY`` arguments. Raises `QuantVLAError` for any other form."""
+    from quantvla.evaluate.arms import identify_arm
+
+    arms = []
+    for argument in arguments:
+        name, equals, directory = argument.partition("=")
+        if not (name and equals and directory):
+            raise QuantVLAError(
+                f"arm: expected NAME=DIRECTORY, got {argument!r}; "
+                "write for example float=examples/metaworld/policy"
+            )
+        arms.append(identify_arm(name, Path(directory)))
+    return tuple(arms)
+
+
+def print_evaluation(result: Evaluation, console: Console) -> None:
+    """Print success per task and arm with Wilson's interval, and what each pair of arms differs by."""
+    table = Table(
+        title=f"Success, {result.episodes_per_task} episodes per task, seed {result.seed}"
+    )
+    table.add_column("task")
+    for name in result.arms:
+        table.add_column(name, justify="right")
+    for task in result.tasks:
+        table.add_row(task, *(format_rate(arm.tasks[task]) for arm in result.arms.values()))
+    table.add_section()
+    table.add_row("all", *(format_rate(arm) for arm in result.arms.values()), style="bold")
+    console.print(table)
+    if result.pairs:
+        console.print(_pair_table(result))
+    if not result.shared_noise:
+        console.print(
+            "The arms draw noise of different shapes: goals are shared, flow noise is not."
+        )
+
+
+def format_rate(result: ArmResult | TaskResult) -> str:
+    """Return ``17/20 85 % [64-95]``: successes, rate and its 95 % interval in percent."""
+    low, high = result.ci95
+    share = f"{result.successes}/{result.episodes}"
+    return f"{share} {result.rate:4.0%} [{100 * low:.0f}-{100 * high:.0f}]"
+
+
+def _pair_table(result: Evaluation) -> Table:
+    table = Table(title="Pairs, on the same episodes and noise")
+    for name in ("pair", "difference", "95 % interval", "both", "only", "neither", "McNemar p"):
+        table.add_column(name, justify="left" if name == "pair" else "right")
+    for pair in result.pairs:
+        low, high = pair.ci95
+        table.add_row(
+            f"{pair.b} - {pair.a}",
+            f"{100 * pair.difference:+.1f} points",
+            f"{100 * low:+.1f} to {100 * high:+.1f}",
+            str(pair.both),
+            f"{pair.a} {pair.only_a}, {pair.b} {pair.only_b}",
+            str(pair.neither),
+            f"{pair.mcnemar_p:.3f}",
+        )
+    return table
+
+
+def _write_film(arms: Sequence[Arm], result: Evaluation, path: Path) -> None:
+    from quantvla.evaluate.rollouts import record_rollouts
+    from quantvla.report.film import write_film
+
+    console = Console(stderr=True)
+    tasks = result.tasks[:FILM_TASKS]
+    with console.status(f"filming {', '.join(tasks)}"):
+        write_film(tuple(record_rollouts(arms, tasks, seed=result.seed)), path)
+    console.print(f"film: {path}")

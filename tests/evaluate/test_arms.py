@@ -1,0 +1,73 @@
+"""Identifying what a directory is, from JSON alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantvla.evaluate.arms import identify_arm
+from quantvla.runtime.errors import QuantVLAError
+
+CONFIG = {
+    "type": "smolvla",
+    "input_features": {
+        "observation.images.corner2": {"type": "VISUAL", "shape": [3, 128, 128]},
+        "observation.state": {"type": "STATE", "shape": [4]},
+    },
+    "output_features": {"action": {"type": "ACTION", "shape": [4]}},
+    "chunk_size": 16,
+    "n_action_steps": 8,
+    "max_action_dim": 32,
+    "other": None,
+}
+
+
+def checkpoint(directory: Path, config: object = CONFIG) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").write_bytes(b"weights")
+    return directory
+
+
+def test_a_checkpoint(tmp_path: Path) -> None:
+    arm = identify_arm("float", checkpoint(tmp_path))
+    assert (arm.name, arm.kind) == ("float", "checkpoint")
+    contract = arm.contract
+    assert contract.cameras == ("observation.images.corner2",)
+    assert contract.noise_shape == (1, 16, 32)
+    assert (contract.horizon, contract.execute, contract.state_dim) == (16, 8, 4)
+
+
+def test_the_hash_follows_the_weights(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path)
+    before = identify_arm("float", directory).sha256
+    (directory / "model.safetensors").write_bytes(b"other")
+    assert identify_arm("float", directory).sha256 != before
+
+
+def test_neither(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("")
+    message = r"neither a LeRobot checkpoint .* nor an engine .*, got readme.txt; give arm 'a'"
+    with pytest.raises(QuantVLAError, match=message):
+        identify_arm("a", tmp_path)
+    with pytest.raises(QuantVLAError, match="got no such directory"):
+        identify_arm("a", tmp_path / "absent")
+
+
+def test_a_configuration_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(QuantVLAError, match=r"config.json: not the configuration of a chunk"):
+        identify_arm("a", checkpoint(tmp_path, {"type": "tokenizer"}))
+
+
+def test_no_state(tmp_path: Path) -> None:
+    config = {**CONFIG, "input_features": {}}
+    with pytest.raises(QuantVLAError, match=r"expected one state and one action .*, got 0 and 1"):
+        identify_arm("a", checkpoint(tmp_path, config))
+
+
+def test_a_damaged_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(QuantVLAError, match=r"manifest.json: is not a manifest"):
+        identify_arm("a", tmp_path)
