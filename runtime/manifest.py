@@ -7,7 +7,7 @@ and has no code per family.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -216,16 +216,21 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
-def _check_schema(path: Path, data: bytes) -> None:
-    class Header(msgspec.Struct):
-        schema_version: int
+class _Header(msgspec.Struct):
+    """What is read first, so that a newer manifest is named as such and not as a broken one."""
 
+    schema_version: int
+    preprocess: list[dict[str, object]] = []
+
+
+def _check_schema(path: Path, data: bytes) -> None:
     try:
-        version = msgspec.json.decode(data, type=Header).schema_version
+        header = msgspec.json.decode(data, type=_Header)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise explain(
             path, f"is not a manifest ({error})", remedy="export the engine again"
         ) from error
+    version = header.schema_version
     if version > SCHEMA_VERSION:
         raise explain(
             path,
@@ -235,6 +240,16 @@ def _check_schema(path: Path, data: bytes) -> None:
         )
     if version < 1:
         raise explain(path, "unknown schema version", got=version, remedy="export the engine again")
+    known = [str(step.__struct_config__.tag) for step in get_args(PreprocessStep)]
+    for position, step in enumerate(header.preprocess):
+        if step.get("kind") not in known:
+            raise explain(
+                path,
+                f"unknown preprocessing step at position {position}, expected one of "
+                f"{', '.join(known)}",
+                got=repr(step.get("kind")),
+                remedy="upgrade quantvla on this machine",
+            )
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:

@@ -125,7 +125,8 @@ class _ImageRunner:
         image = read_image(obs, key)
         step = self._step
         self._check_size(key, (image.shape[0], image.shape[1]))
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1)) / np.float32(255)
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+        planes /= np.float32(255)
         if step.resize is not None:
             planes = resize_with_pad(planes, step.resize, step.pad_value)
         planes *= np.float32(step.scale)

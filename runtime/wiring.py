@@ -27,13 +27,22 @@ def check_wiring(manifest: Manifest) -> None:
     _check_files(manifest)
     _check_sampler(manifest)
     _check_action(manifest)
-    made = {spec.name: spec for step in manifest.preprocess for spec in _outputs(step, manifest)}
+    made: dict[str, TensorSpec] = {}
+    for step in manifest.preprocess:
+        _add(made, _outputs(step, manifest))
     for stage in manifest.stages:
         if stage.name == manifest.sampler.stage:
-            made |= {spec.name: spec for spec in _sampler_tensors(manifest)}
+            _add(made, _sampler_tensors(manifest))
         for spec in stage.inputs:
             _check_input(stage.name, spec, made)
-        made |= {spec.name: spec for spec in stage.outputs}
+        _add(made, stage.outputs)
+
+
+def _add(made: dict[str, TensorSpec], specs: tuple[TensorSpec, ...]) -> None:
+    for spec in specs:
+        if spec.name in made:
+            raise _error(f"tensor {spec.name!r}", "is made twice")
+        made[spec.name] = spec
 
 
 def _outputs(step: PreprocessStep, manifest: Manifest) -> tuple[TensorSpec, ...]:
@@ -85,8 +94,10 @@ def _check_input(stage: str, spec: TensorSpec, made: dict[str, TensorSpec]) -> N
 def _check_sampler(manifest: Manifest) -> None:
     sampler = manifest.sampler
     names = [stage.name for stage in manifest.stages]
-    if not names or names[-1] != sampler.stage or names.count(sampler.stage) != 1:
+    if not names or names[-1] != sampler.stage:
         raise _error("sampler", f"stage {sampler.stage!r} must be the last one", got=names)
+    if len(set(names)) != len(names):
+        raise _error("stages", "two have the same name", got=names)
     *once, repeated = manifest.stages
     for stage, repeat in [*((stage, 1) for stage in once), (repeated, len(sampler.timesteps))]:
         if stage.repeat != repeat:

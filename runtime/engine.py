@@ -1,0 +1,120 @@
+"""The stages of an engine directory, run in the order of its manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantvla.runtime.backend import Session, backend_for
+from quantvla.runtime.errors import explain
+from quantvla.runtime.machine import physical_cores
+from quantvla.runtime.manifest import Manifest, StageSpec
+from quantvla.runtime.sampler import Observer, euler_integrate
+
+FloatArray = NDArray[np.float32]
+Tensors = Mapping[str, NDArray[Any]]
+Durations = dict[str, list[int]]
+
+
+class Engine:
+    """Loaded stages. Tensors are found by name in one mapping, which grows from stage to stage.
+
+    ``threads`` None takes one thread per physical core that the process may use.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+        self.threads = _check_threads(threads)
+        self.directory = directory
+        backend = backend_for(manifest.target)
+        self.versions = backend.versions()
+        self._sampler = manifest.sampler
+        *self._once, self._repeated = manifest.stages
+        self._sessions: dict[str, Session] | None = {
+            stage.name: backend.load(directory / stage.file, stage, self.threads)
+            for stage in manifest.stages
+        }
+        self._durations: Durations | None = None
+
+    def prepare(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the stages before the sampler once; returns ``inputs`` and every stage's outputs."""
+        tensors = dict(inputs)
+        for stage in self._once:
+            tensors.update(self._run(stage, tensors))
+        return tensors
+
+    def velocity(self, tensors: Tensors, x: FloatArray, t: float) -> FloatArray:
+        """Run the sampler's stage once, at any x and t.
+
+        tensors: from `prepare`; x: noise shape float32; t: the flow's time -> noise shape float32.
+        """
+        shape = self._sampler.noise_shape
+        if x.shape != shape or x.dtype != np.float32:
+            raise explain(
+                "velocity x",
+                f"expected float32 of shape {shape}",
+                got=f"{x.dtype} {x.shape}",
+                remedy="pass the padded chunk",
+            )
+        step = {self._sampler.state: x, self._sampler.time: np.array([t], dtype=np.float32)}
+        return self._run(self._repeated, {**tensors, **step})[self._sampler.velocity]
+
+    def sample(
+        self, tensors: Tensors, noise: FloatArray, observe: Observer | None = None
+    ) -> FloatArray:
+        """Integrate from ``noise``; returns the normalized, padded chunk, noise shape float32."""
+        return euler_integrate(
+            lambda x, t: self.velocity(tensors, x, t),
+            noise,
+            self._sampler.timesteps,
+            self._sampler.step,
+            observe,
+        )
+
+    @contextmanager
+    def timing(self) -> Iterator[Durations]:
+        """Collect, while the block runs, the nanoseconds of every run of every stage, by stage name."""
+        self._durations = {}
+        try:
+            yield self._durations
+        finally:
+            self._durations = None
+
+    def record(self, name: str, start_ns: int) -> None:
+        """Note for an open `timing` block that ``name`` took from ``start_ns`` until now."""
+        if self._durations is not None:
+            self._durations.setdefault(name, []).append(time.perf_counter_ns() - start_ns)
+
+    def close(self) -> None:
+        """Free the sessions; the engine cannot be used afterwards. Closing twice is fine."""
+        self._sessions = None
+
+    def check_open(self) -> None:
+        """Raise `QuantVLAError` if the engine was closed."""
+        if self._sessions is None:
+            raise explain(
+                self.directory, "the policy was closed", remedy="load it again with from_pretrained"
+            )
+
+    def _run(self, stage: StageSpec, tensors: Tensors) -> dict[str, NDArray[Any]]:
+        self.check_open()
+        assert self._sessions is not None
+        start_ns = time.perf_counter_ns()
+        outputs = self._sessions[stage.name].run(tensors)
+        self.record(stage.name, start_ns)
+        return outputs
+
+
+def _check_threads(threads: int | None) -> int:
+    if threads is None:
+        return physical_cores()
+    if threads < 1:
+        raise explain(
+            "threads", "expected at least 1", got=threads, remedy="leave it out for all cores"
+        )
+    return threads
