@@ -57,7 +57,9 @@ def quantize_weight(
     best_scale = torch.ones_like(largest)
     for ratio in torch.linspace(1.0, _SMALLEST_RATIO, _SCALE_CANDIDATES).tolist():
         scale = (largest * ratio / high).clamp_min(_TINY).half().float()
-        error = ((_round_to(blocks, scale, high) * scale[..., None] - blocks).square() * per_block).sum(-1)
+        error = (
+            (_round_to(blocks, scale, high) * scale[..., None] - blocks).square() * per_block
+        ).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

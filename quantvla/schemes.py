@@ -47,9 +47,7 @@ DROPPED = Scheme("dropped", 0, 0)
 _INTEGER = {"w4a8": (4, 8)}
 
 
-def resolve_scheme(
-    name: str, blocks: tuple[int, ...], *, site: str, in_features: int
-) -> Scheme:
+def resolve_scheme(name: str, blocks: tuple[int, ...], *, site: str, in_features: int) -> Scheme:
     """Return the scheme called ``name`` with the first of ``blocks`` that divides ``in_features``.
 
     Raises `QuantVLAError` for an unknown scheme, or naming the site when no block fits.
@@ -57,9 +55,7 @@ def resolve_scheme(
     if name == FLOAT.name:
         return FLOAT
     if name not in _INTEGER:
-        raise explain(
-            f"scheme {name!r}", "unknown", remedy=nearest(name, [FLOAT.name, *_INTEGER])
-        )
+        raise explain(f"scheme {name!r}", "unknown", remedy=nearest(name, [FLOAT.name, *_INTEGER]))
     weight_bits, activation_bits = _INTEGER[name]
     for block in blocks:
         if in_features % block == 0:

@@ -9,9 +9,7 @@ from quantvla.families import smolvla
 from quantvla.families.base import Family, LoadedPolicy
 from quantvla.runtime.errors import explain, nearest
 
-FAMILIES: dict[str, Family] = {
-    family.policy_type: family for family in (smolvla.FAMILY,)
-}
+FAMILIES: dict[str, Family] = {family.policy_type: family for family in (smolvla.FAMILY,)}
 
 
 def policy_type(directory: Path) -> str:
@@ -35,8 +33,10 @@ def policy_type(directory: Path) -> str:
     return str(kind)
 
 
-def load_policy(directory: Path) -> LoadedPolicy:
+def load_policy(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
     """Load a LeRobot checkpoint of any known family, in float32 on the CPU, ready for inference.
+
+    Parameters named in ``absent`` may be missing (those that are stored as integers elsewhere).
 
     Raises `QuantVLAError` when it is no checkpoint, of an unknown family, or its weights are not
     exactly those that the policy class has.
@@ -49,4 +49,4 @@ def load_policy(directory: Path) -> LoadedPolicy:
             got=repr(kind),
             remedy=nearest(kind, FAMILIES),
         )
-    return FAMILIES[kind].load(directory)
+    return FAMILIES[kind].load(directory, absent)

@@ -100,10 +100,13 @@ class LoadedPolicy:
 
 @dataclass(frozen=True)
 class Family:
-    """One VLA architecture: ``policy_type`` of its checkpoints and the function that loads one."""
+    """One VLA architecture: ``policy_type`` of its checkpoints and the function that loads one.
+
+    ``load(directory, absent)``: parameters named in ``absent`` may be missing from the checkpoint.
+    """
 
     policy_type: str
-    load: Callable[[Path], LoadedPolicy]
+    load: Callable[[Path, frozenset[str]], LoadedPolicy]
 
 
 @contextmanager

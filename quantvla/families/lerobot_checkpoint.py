@@ -28,33 +28,40 @@ class ProcessorStep:
     state_file: Path | None
 
 
-def load_weights_(policy: nn.Module, directory: Path) -> None:
+def load_weights_(policy: nn.Module, directory: Path, absent: frozenset[str]) -> None:
     """Copy the checkpoint's weights into ``policy``; every parameter must be there and none left over.
 
     lerobot loads non-strictly, so a policy with random layers can go unnoticed. Weights that the
-    class ties to another one may be absent.
+    class ties to another one may be absent, and so may those of ``absent``.
     """
     path = directory / WEIGHTS_FILE
     if not path.is_file():
-        raise explain(directory, f"has no {WEIGHTS_FILE}", remedy="copy the whole checkpoint directory")
+        raise explain(
+            directory, f"has no {WEIGHTS_FILE}", remedy="copy the whole checkpoint directory"
+        )
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise explain(
-            path, "cannot be read as safetensors", got=error, remedy="the file is damaged: copy it again"
+            path,
+            "cannot be read as safetensors",
+            got=error,
+            remedy="the file is damaged: copy it again",
         ) from error
     try:
         missing, unexpected = policy.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise explain(
-            path, "weights have other shapes than the configuration says",
+            path,
+            "weights have other shapes than the configuration says",
             got=str(error).splitlines()[-1].strip(),
             remedy="use the config.json that was saved with these weights",
         ) from error
-    missing = [name for name in missing if not _is_tied(policy, name, state.keys())]
+    missing = [n for n in missing if n not in absent and not _is_tied(policy, n, state.keys())]
     if missing or unexpected:
         raise explain(
-            path, "weights do not match the policy",
+            path,
+            "weights do not match the policy",
             got=f"{len(missing)} missing ({', '.join(missing[:3])}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})",
             remedy="use the config.json that was saved with these weights",
@@ -74,7 +81,8 @@ def processor_steps(directory: Path, file: str) -> tuple[ProcessorStep, ...]:
     path = directory / file
     if not path.is_file():
         raise explain(
-            directory, f"has no {file}, so normalization is unknown",
+            directory,
+            f"has no {file}, so normalization is unknown",
             remedy="save the processors beside the policy (lerobot's pipeline.save_pretrained) "
             "or migrate the checkpoint with lerobot's migration script",
         )
@@ -89,7 +97,9 @@ def processor_steps(directory: Path, file: str) -> tuple[ProcessorStep, ...]:
             for step in steps
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise explain(path, f"is not a saved lerobot pipeline ({error!r})", remedy="save it again") from error
+        raise explain(
+            path, f"is not a saved lerobot pipeline ({error!r})", remedy="save it again"
+        ) from error
 
 
 def find_step(steps: tuple[ProcessorStep, ...], name: str, file: str) -> ProcessorStep:
@@ -97,15 +107,21 @@ def find_step(steps: tuple[ProcessorStep, ...], name: str, file: str) -> Process
     for step in steps:
         if step.name == name:
             return step
-    raise explain(file, f"has no step {name!r}", remedy="save the policy's processors again with lerobot")
+    raise explain(
+        file, f"has no step {name!r}", remedy="save the policy's processors again with lerobot"
+    )
 
 
-def refuse_unknown_steps(steps: tuple[ProcessorStep, ...], known: frozenset[str], file: Path) -> None:
+def refuse_unknown_steps(
+    steps: tuple[ProcessorStep, ...], known: frozenset[str], file: Path
+) -> None:
     """Raise for a step this compiler cannot reproduce on the robot."""
     for step in steps:
         if step.name not in known:
             raise explain(
-                file, "has a processor step that cannot be reproduced at run time", got=repr(step.name),
+                file,
+                "has a processor step that cannot be reproduced at run time",
+                got=repr(step.name),
                 remedy=f"known steps: {', '.join(sorted(known))}",
             )
 
@@ -114,7 +130,8 @@ def statistics(step: ProcessorStep) -> dict[str, FeatureStatistics]:
     """Return the normalization statistics a (un)normalizer step carries, by feature key."""
     if step.state_file is None or not step.state_file.is_file():
         raise explain(
-            step.state_file or step.name, "normalization statistics are missing",
+            step.state_file or step.name,
+            "normalization statistics are missing",
             remedy="copy the whole checkpoint directory, or save the processors with dataset_stats",
         )
     found: dict[str, dict[str, tuple[float, ...]]] = {}

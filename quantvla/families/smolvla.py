@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,34 +78,41 @@ def read_config(directory: Path) -> SmolVLAConfig:
     config.vlm_model_name = resolve_vlm(directory, config.vlm_model_name)
     if config.adapt_to_pi_aloha:
         raise explain(
-            directory / "config.json", "adapt_to_pi_aloha has no run-time form here", got=True,
+            directory / "config.json",
+            "adapt_to_pi_aloha has no run-time form here",
+            got=True,
             remedy="retrain with adapt_to_pi_aloha=false",
         )
     if not config.image_features:
-        raise explain(directory / "config.json", "names no camera", remedy="use a policy with image inputs")
+        raise explain(
+            directory / "config.json", "names no camera", remedy="use a policy with image inputs"
+        )
     return config  # type: ignore[no-any-return]
 
 
-def build_policy(directory: Path, config: SmolVLAConfig) -> SmolVLAPolicy:
+def build_policy(
+    directory: Path, config: SmolVLAConfig, absent: frozenset[str] = frozenset()
+) -> SmolVLAPolicy:
     """Return lerobot's policy object with the checkpoint's weights, float32, for inference."""
     try:
-        with torch.device("cpu"):
+        with redirect_stdout(sys.stderr):  # lerobot prints while it builds
             policy = SmolVLAPolicy(config)
     except OSError as error:
         raise explain(
-            directory / "config.json", "its VLM configuration and tokenizer are not on this machine",
+            directory / "config.json",
+            "its VLM configuration and tokenizer are not on this machine",
             got=config.vlm_model_name,
             remedy="copy that model's config, tokenizer and processor files into the checkpoint as "
             "`vlm/` and set vlm_model_name to 'vlm'",
         ) from error
-    load_weights_(policy, directory)
+    load_weights_(policy, directory, absent)
     return policy.float().eval()
 
 
-def load(directory: Path) -> LoadedPolicy:
-    """Load a SmolVLA checkpoint directory."""
+def load(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
+    """Load a SmolVLA checkpoint directory; parameters named in ``absent`` may be missing from it."""
     config = read_config(directory)
-    policy = build_policy(directory, config)
+    policy = build_policy(directory, config, absent)
     return LoadedPolicy(
         directory=directory,
         family=FAMILY.policy_type,
@@ -132,13 +141,23 @@ _MLP = r"mlp\.(?P<kind>gate_proj|up_proj|down_proj|fc1|fc2)"
 _PATTERNS = (
     _SitePattern(_VISION + _ATTENTION, "vision", "vision", "attention"),
     _SitePattern(_VISION + _MLP, "vision", "vision", "mlp"),
-    _SitePattern(_BACKBONE + r"connector\.modality_projection\.(?P<kind>proj)", "vision", "connector", "projection"),
+    _SitePattern(
+        _BACKBONE + r"connector\.modality_projection\.(?P<kind>proj)",
+        "vision",
+        "connector",
+        "projection",
+    ),
     _SitePattern(_LLM + _ATTENTION, "prefix", "llm", "attention"),
     _SitePattern(_LLM + _MLP, "prefix", "llm", "mlp"),
     _SitePattern(_EXPERT + _ATTENTION, "denoise", "expert", "attention"),
     _SitePattern(_EXPERT + _MLP, "denoise", "expert", "mlp"),
     _SitePattern(r"model\.(?P<kind>state_proj)", "prefix", "encoder", "projection"),
-    _SitePattern(r"model\.(?P<kind>action_in_proj|action_time_mlp_in|action_time_mlp_out)", "denoise", "encoder", "projection"),
+    _SitePattern(
+        r"model\.(?P<kind>action_in_proj|action_time_mlp_in|action_time_mlp_out)",
+        "denoise",
+        "encoder",
+        "projection",
+    ),
     _SitePattern(r"model\.(?P<kind>action_out_proj)", "denoise", "decoder", "projection"),
     _SitePattern(r"model\.vlm_with_expert\.vlm\.(?P<kind>lm_head)", "prefix", "llm", "head"),
 )
@@ -161,7 +180,9 @@ def _site(policy: SmolVLAPolicy, name: str, linear: nn.Linear) -> Site:
         if match := re.fullmatch(entry.pattern, name):
             break
     else:
-        raise explain(name, "a linear this family does not know", remedy="add it to families/smolvla.py")
+        raise explain(
+            name, "a linear this family does not know", remedy="add it to families/smolvla.py"
+        )
     groups = match.groupdict()
     kind, layer = groups["kind"], int(groups["layer"]) if "layer" in groups else None
     cross = entry.part == "expert" and _is_cross_attention(policy, layer)
@@ -178,7 +199,9 @@ def _site(policy: SmolVLAPolicy, name: str, linear: nn.Linear) -> Site:
 def _is_cross_attention(policy: SmolVLAPolicy, layer: int | None) -> bool:
     model = policy.model.vlm_with_expert
     every = model.self_attn_every_n_layers
-    return "cross" in model.attention_mode and not (every > 0 and layer is not None and layer % every == 0)
+    return "cross" in model.attention_mode and not (
+        every > 0 and layer is not None and layer % every == 0
+    )
 
 
 def _producer(name: str, part: str, kind: str, layer: int | None, cross: bool) -> str | None:
@@ -187,7 +210,11 @@ def _producer(name: str, part: str, kind: str, layer: int | None, cross: bool) -
     if cross and kind in ("k_proj", "v_proj"):  # reads the language model's cached keys or values
         return f"model.vlm_with_expert.vlm.model.text_model.layers.{layer}.self_attn.{kind}"
     block = name[: name.index(f".{layer}.") + len(f".{layer}.")]
-    first, second = ("layer_norm1", "layer_norm2") if part == "vision" else ("input_layernorm", "post_attention_layernorm")
+    first, second = (
+        ("layer_norm1", "layer_norm2")
+        if part == "vision"
+        else ("input_layernorm", "post_attention_layernorm")
+    )
     return _PRODUCERS[kind].format(norm1=block + first, norm2=block + second, block=block)
 
 
@@ -240,7 +267,9 @@ class _Prefix(nn.Module):
             masks.append(torch.zeros(1, dtype=torch.bool))
         # lerobot lays out the prefix; the features are already there, so embedding one is the identity.
         with mock.patch.object(model.vlm_with_expert, "embed_image", lambda image: image):
-            embeddings, pad, attention = model.embed_prefix(features, masks, tokens, token_mask, state=state)
+            embeddings, pad, attention = model.embed_prefix(
+                features, masks, tokens, token_mask, state=state
+            )
         _, cache = model.vlm_with_expert.forward(
             attention_mask=make_att_2d_masks(pad, attention),
             position_ids=torch.cumsum(pad, dim=1) - 1,
@@ -280,7 +309,10 @@ def _stages(policy: SmolVLAPolicy, config: SmolVLAConfig) -> tuple[Stage, ...]:
     patches = (height // vision.patch_size) * (width // vision.patch_size)
     per_camera = patches // vlm.scale_factor**2
     markers = 3 if config.add_image_special_tokens else 0
-    length = max((cameras + config.empty_cameras) * (per_camera + markers) + config.tokenizer_max_length + 1, config.prefix_length)
+    length = max(
+        (cameras + config.empty_cameras) * (per_camera + markers) + config.tokenizer_max_length + 1,
+        config.prefix_length,
+    )
     layers = policy.model.vlm_with_expert.num_vlm_layers
     cache = (layers, 1, text.num_key_value_heads, length, text.head_dim)
     x = (1, config.chunk_size, config.max_action_dim)
@@ -293,7 +325,11 @@ def _stages(policy: SmolVLAPolicy, config: SmolVLAConfig) -> tuple[Stage, ...]:
     tokens = spec("tokens", 1, config.tokenizer_max_length, dtype="int64")
     token_mask = spec("token_mask", 1, config.tokenizer_max_length, dtype="bool")
     state = spec("state", 1, config.max_state_dim)
-    context = (spec("keys", *cache), spec("values", *cache), spec("prefix_mask", 1, length, dtype="bool"))
+    context = (
+        spec("keys", *cache),
+        spec("values", *cache),
+        spec("prefix_mask", 1, length, dtype="bool"),
+    )
     return (
         Stage("vision", _Vision(policy), (images,), (features,)),
         Stage("prefix", _Prefix(policy, config.empty_cameras), (features, tokens, token_mask, state), context),
@@ -313,7 +349,9 @@ def _image_size(config: SmolVLAConfig) -> tuple[int, int]:
     sizes = {tuple(feature.shape[1:]) for feature in config.image_features.values()}
     if len(sizes) != 1:
         raise explain(
-            "config.json", "cameras of different sizes without resize_imgs_with_padding", got=sorted(sizes),
+            "config.json",
+            "cameras of different sizes without resize_imgs_with_padding",
+            got=sorted(sizes),
             remedy="set resize_imgs_with_padding",
         )
     height, width = sizes.pop()
@@ -329,7 +367,11 @@ def _interface(directory: Path, config: SmolVLAConfig) -> Interface:
     unnormalizer = find_step(after, "unnormalizer_processor", POSTPROCESSOR_FILE)
     state, action = config.robot_state_feature, config.action_feature
     if state is None or action is None:
-        raise explain(directory / "config.json", "has no state or no action feature", remedy="use a policy with both")
+        raise explain(
+            directory / "config.json",
+            "has no state or no action feature",
+            remedy="use a policy with both",
+        )
     cameras = _cameras(directory, config, before)
     tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
     collected = statistics(normalizer) | statistics(unnormalizer)
@@ -349,11 +391,23 @@ def _interface(directory: Path, config: SmolVLAConfig) -> Interface:
     )  # fmt: skip
 
 
-def _cameras(directory: Path, config: SmolVLAConfig, before: tuple[Any, ...]) -> tuple[CameraSpec, ...]:
-    renames = find_step(before, "rename_observations_processor", PREPROCESSOR_FILE).config.get("rename_map") or {}
+def _cameras(
+    directory: Path, config: SmolVLAConfig, before: tuple[Any, ...]
+) -> tuple[CameraSpec, ...]:
+    renames = (
+        find_step(before, "rename_observations_processor", PREPROCESSOR_FILE).config.get(
+            "rename_map"
+        )
+        or {}
+    )
     robot_name = {policy: robot for robot, policy in renames.items()}
     if renames.get(STATE_KEY) or STATE_KEY in robot_name:
-        raise explain(directory / PREPROCESSOR_FILE, "renames the state", got=renames, remedy=f"record it as {STATE_KEY}")
+        raise explain(
+            directory / PREPROCESSOR_FILE,
+            "renames the state",
+            got=renames,
+            remedy=f"record it as {STATE_KEY}",
+        )
     keys = [key for key in config.image_features if ".empty_camera_" not in key]
     return tuple(
         CameraSpec(key=robot_name.get(key, key), height=int(shape[1]), width=int(shape[2]))
@@ -368,8 +422,10 @@ def _preprocess(
 ) -> tuple[Images | Normalize | Tokenize, ...]:  # fmt: skip
     if _mode(normalizer, "VISUAL") != "identity":
         raise explain(
-            directory / PREPROCESSOR_FILE, "normalizes images, which SmolVLA does inside the policy",
-            got=_mode(normalizer, "VISUAL"), remedy="train with VISUAL: IDENTITY",
+            directory / PREPROCESSOR_FILE,
+            "normalizes images, which SmolVLA does inside the policy",
+            got=_mode(normalizer, "VISUAL"),
+            remedy="train with VISUAL: IDENTITY",
         )
     resize = _image_size(config) if config.resize_imgs_with_padding is not None else None
     tokenizer = find_step(before, "tokenizer_processor", PREPROCESSOR_FILE).config

@@ -1,0 +1,167 @@
+"""The quantized checkpoint: a directory with integer weights, the float rest, and how it was made.
+
+policy/                 the LeRobot checkpoint without the weights that are integers or dropped
+quantized.safetensors   <site>.codes (packed) and <site>.scales
+quantized.json          `CheckpointCard`: recipe, plan, calibration, reports, checksums
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from quantvla.families import load_policy
+from quantvla.families.base import LoadedPolicy
+from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
+from quantvla.passes.base import PassReport
+from quantvla.plan import Plan
+from quantvla.quantized_linear import QuantizedLinear
+from quantvla.quantizer import QuantizedWeight, pack_int4, unpack_int4
+from quantvla.recipe import Recipe
+from quantvla.runtime.errors import explain
+from quantvla.runtime.files import sha256_file
+
+SCHEMA_VERSION = 1
+CARD_FILE = "quantized.json"
+WEIGHTS = "quantized.safetensors"
+POLICY = "policy"
+
+
+class CalibrationUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which frames the statistics come from, and how many inputs each site saw."""
+
+    name: str
+    sha256: str
+    frames: int
+    seed: int
+    samples: dict[str, int]
+
+
+class CheckpointCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The content of ``quantized.json``."""
+
+    schema_version: int
+    family: str
+    recipe: Recipe
+    plan: Plan
+    calibration: CalibrationUse
+    reports: tuple[PassReport, ...]
+    source_sha256: str
+    files: dict[str, str]
+    versions: dict[str, str]
+
+
+def is_quantized(directory: Path) -> bool:
+    """Return whether ``directory`` is a quantized checkpoint."""
+    return (directory / CARD_FILE).is_file()
+
+
+def write_checkpoint(
+    directory: Path,
+    loaded: LoadedPolicy,
+    weights: Mapping[str, QuantizedWeight],
+    card: CheckpointCard,
+) -> None:
+    """Fill ``directory``: the float rest of ``loaded``, the integer ``weights``, and the card."""
+    _write_policy(directory / POLICY, loaded, absent_parameters(card.plan, loaded.policy))
+    tensors: dict[str, Tensor] = {}
+    for site, weight in weights.items():
+        tensors[f"{site}.codes"] = pack_int4(weight.codes)
+        tensors[f"{site}.scales"] = weight.scales
+    save_file(tensors, directory / WEIGHTS)
+    files = {
+        path.relative_to(directory).as_posix(): sha256_file(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    card = msgspec.structs.replace(card, files=files)
+    (directory / CARD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=1))
+
+
+def absent_parameters(plan: Plan, policy: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that the float rest does not carry."""
+    names = {f"{entry.site}.weight" for entry in (*plan.quantized, *plan.dropped)}
+    names |= {f"{entry.site}.bias" for entry in plan.dropped}
+    return frozenset(names & dict(policy.named_parameters(remove_duplicate=False)).keys())
+
+
+def _write_policy(directory: Path, loaded: LoadedPolicy, absent: frozenset[str]) -> None:
+    """Copy the checkpoint; parameters keep their stored type unless a pass gave them values it cannot hold."""
+    shutil.copytree(loaded.directory, directory, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+    current = loaded.policy.state_dict()
+    kept = {}
+    with safe_open(loaded.directory / WEIGHTS_FILE, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 - safe_open is no mapping
+            if name not in absent:
+                value = current[name]
+                narrow = value.to(stored.get_tensor(name).dtype)
+                kept[name] = narrow if torch.equal(narrow.to(value.dtype), value) else value
+    save_file({name: value.contiguous() for name, value in kept.items()}, directory / WEIGHTS_FILE)
+
+
+def read_card(directory: Path) -> CheckpointCard:
+    """Return the card of a quantized checkpoint after checking all its files."""
+    path = directory / CARD_FILE
+    if not path.is_file():
+        raise explain(
+            directory,
+            f"not a quantized checkpoint (no {CARD_FILE})",
+            remedy="run `quantvla quantize` first",
+        )
+    try:
+        card = msgspec.json.decode(path.read_bytes(), type=CheckpointCard)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise explain(
+            path, f"not readable by this version ({error})", remedy="quantize again"
+        ) from error
+    if card.schema_version != SCHEMA_VERSION:
+        raise explain(
+            path,
+            f"schema version is not {SCHEMA_VERSION}",
+            got=card.schema_version,
+            remedy="quantize again",
+        )
+    for name, expected in card.files.items():
+        file = directory / name
+        if not file.is_file() or sha256_file(file) != expected:
+            raise explain(file, "missing or changed since it was written", remedy="quantize again")
+    return card
+
+
+def read_weights(directory: Path, plan: Plan) -> dict[str, QuantizedWeight]:
+    """Return the integer weights of all quantized sites of the plan."""
+    tensors = load_file(directory / WEIGHTS)
+    return {
+        entry.site: QuantizedWeight(
+            unpack_int4(tensors[f"{entry.site}.codes"]), tensors[f"{entry.site}.scales"],
+            bits=entry.scheme.weight_bits, block=entry.scheme.block,
+        )
+        for entry in plan.quantized
+    }  # fmt: skip
+
+
+def load_quantized(directory: Path) -> tuple[LoadedPolicy, CheckpointCard]:
+    """Return the policy with its integer linears in place (`QuantizedLinear`), and the card."""
+    card = read_card(directory)
+    entries = (*card.plan.quantized, *card.plan.dropped)
+    absent = frozenset(f"{entry.site}.{kind}" for entry in entries for kind in ("weight", "bias"))
+    loaded = load_policy(directory / POLICY, absent)
+    install_(loaded.policy, read_weights(directory, card.plan))
+    return loaded, card
+
+
+def install_(policy: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Replace the sites' linears by integer ones; biases stay."""
+    for site, weight in weights.items():
+        linear = policy.get_submodule(site)
+        bias = linear.bias
+        policy.set_submodule(
+            site, QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)
+        )

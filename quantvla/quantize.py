@@ -1,0 +1,179 @@
+"""`quantvla quantize`: checkpoint + calibration set + recipe -> quantized checkpoint, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from quantvla.calib_sets import CalibrationSet, check_robot
+from quantvla.calibrate import collect_statistics
+from quantvla.checkpoint import SCHEMA_VERSION, CalibrationUse, CheckpointCard, write_checkpoint
+from quantvla.families import load_policy
+from quantvla.families.base import LoadedPolicy
+from quantvla.layout import make_plan
+from quantvla.passes.base import PassReport, Progress, Subject
+from quantvla.plan import Plan
+from quantvla.quantizer import QuantizedWeight
+from quantvla.recipe import Recipe
+from quantvla.runtime.errors import explain
+from quantvla.runtime.files import atomic_directory, sha256_tree, write_atomic
+from quantvla.versions import compiler_versions
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """Where the checkpoint is and what is in it."""
+
+    directory: Path
+    plan: Plan
+    reports: tuple[PassReport, ...]
+
+
+def quantize(
+    checkpoint: Path,
+    calibration: CalibrationSet,
+    recipe: Recipe,
+    output: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> QuantizeResult:
+    """Quantize a LeRobot checkpoint and write it to ``output``, whole or not at all.
+
+    Intermediate results are kept in ``<output>.work`` until then; a run with the same checkpoint,
+    frames, recipe and seed continues from there, another one starts over. Same input, same bytes.
+    """
+    if output.exists() and not overwrite:
+        raise explain(output, "already exists", remedy="choose another output or pass --overwrite")
+    loaded = load_policy(checkpoint)
+    plan = make_plan(loaded.sites, recipe)
+    check_robot(
+        calibration.robot,
+        loaded.interface.cameras,
+        loaded.interface.state,
+        where=calibration.card.name,
+    )
+    source = sha256_tree(checkpoint)
+    work = _open_work(output, source, calibration.checksum, recipe, seed)
+    sites = [entry.site for entry in plan.quantized]
+    statistics = collect_statistics(
+        loaded, sites, calibration, seed=seed, journal=work, progress=progress
+    )
+    store = DirectoryStore(work / "weights")
+    subject = Subject(loaded.policy, plan, statistics, store)
+    reports = tuple(step(subject, progress) for step in recipe.passes)
+    _require_complete(plan, store, recipe)
+    card = CheckpointCard(
+        schema_version=SCHEMA_VERSION,
+        family=loaded.family,
+        recipe=recipe,
+        plan=plan,
+        calibration=CalibrationUse(
+            name=calibration.card.name, sha256=calibration.checksum, frames=len(calibration), seed=seed,
+            samples={site: statistics[site].tokens for site in sites},
+        ),
+        reports=reports,
+        source_sha256=source,
+        files={},
+        versions=compiler_versions(),
+    )  # fmt: skip
+    _write(output, loaded, store, card, overwrite=overwrite)
+    shutil.rmtree(work)
+    return QuantizeResult(output, plan, reports)
+
+
+def _write(
+    output: Path,
+    loaded: LoadedPolicy,
+    store: DirectoryStore,
+    card: CheckpointCard,
+    *,
+    overwrite: bool,
+) -> None:
+    with atomic_directory(output, overwrite=overwrite) as directory:
+        write_checkpoint(directory, loaded, store.view(card.plan), card)
+
+
+def _require_complete(plan: Plan, store: DirectoryStore, recipe: Recipe) -> None:
+    for entry in plan.quantized:
+        if entry.site not in store:
+            raise explain(
+                entry.site,
+                f"planned as {entry.scheme.name}, but no pass of recipe {recipe.name!r} quantizes it",
+                remedy="add a pass that does (round_weights)",
+            )
+
+
+def _open_work(output: Path, source: str, calibration: str, recipe: Recipe, seed: int) -> Path:
+    """Return the work directory, emptied if it belongs to another job."""
+    job = msgspec.json.encode([source, calibration, recipe, seed, compiler_versions()])
+    key = hashlib.sha256(job).hexdigest()
+    work = output.with_name(output.name + ".work")
+    key_file = work / "job"
+    if work.exists() and not (key_file.is_file() and key_file.read_text() == key):
+        shutil.rmtree(work)
+    write_atomic(key_file, key.encode())
+    return work
+
+
+class DirectoryStore:
+    """Integer weights, one file a site, each written atomically."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def _path(self, site: str) -> Path:
+        return self._directory / f"{site}.safetensors"
+
+    def __contains__(self, site: str) -> bool:
+        return self._path(site).is_file()
+
+    def put(self, site: str, weight: QuantizedWeight) -> None:
+        """Keep the weight of a site."""
+        metadata = {"bits": str(weight.bits), "block": str(weight.block)}
+        write_atomic(
+            self._path(site), save({"codes": weight.codes, "scales": weight.scales}, metadata)
+        )
+
+    def get(self, site: str) -> QuantizedWeight:
+        """Return the weight of a site."""
+        try:
+            with safe_open(self._path(site), framework="pt") as stored:
+                metadata = stored.metadata()
+                return QuantizedWeight(
+                    stored.get_tensor("codes"), stored.get_tensor("scales"),
+                    bits=int(metadata["bits"]), block=int(metadata["block"]),
+                )  # fmt: skip
+        except (SafetensorError, OSError) as error:
+            raise explain(
+                self._path(site),
+                "intermediate result is damaged",
+                got=error,
+                remedy=f"remove {self._directory.parent} and run again",
+            ) from error
+
+    def view(self, plan: Plan) -> Mapping[str, QuantizedWeight]:
+        """Return the weights of the plan's sites, read from disk as they are asked for."""
+        return _StoreView(self, tuple(entry.site for entry in plan.quantized))
+
+
+class _StoreView(Mapping[str, QuantizedWeight]):
+    def __init__(self, store: DirectoryStore, sites: tuple[str, ...]) -> None:
+        self._store, self._sites = store, sites
+
+    def __getitem__(self, site: str) -> QuantizedWeight:
+        return self._store.get(site)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
