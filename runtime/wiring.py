@@ -25,8 +25,8 @@ def check_wiring(manifest: Manifest) -> None:
     file that a stage or step names must be listed with its checksum.
     """
     _check_files(manifest)
-    _check_sampler(manifest)
     _check_action(manifest)
+    _check_sampler(manifest)
     made: dict[str, TensorSpec] = {}
     for step in manifest.preprocess:
         _add(made, _outputs(step, manifest))

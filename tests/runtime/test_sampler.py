@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from lerobot.policies.common.flow_matching import euler_integrate as lerobot_euler
+
+from quantvla.runtime.sampler import euler_integrate
+
+STEPS = 10
+TIMESTEPS = tuple(1.0 + k * (-1.0 / STEPS) for k in range(STEPS))
+
+
+def test_equals_lerobot_to_the_bit() -> None:
+    noise = np.random.default_rng(0).standard_normal((1, 50, 32)).astype(np.float32)
+    expected = lerobot_euler(
+        lambda x, t: x * 0.5 - t[:, None, None], torch.from_numpy(noise), STEPS
+    ).numpy()
+    found = euler_integrate(
+        lambda x, t: x * np.float32(0.5) - np.float32(t), noise, TIMESTEPS, -1.0 / STEPS
+    )
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_closed_form_of_a_linear_field() -> None:
+    noise = np.ones((1, 2, 3), np.float32)
+    found = euler_integrate(lambda x, t: x, noise, TIMESTEPS, -1.0 / STEPS)
+    np.testing.assert_allclose(found, (1 - 1 / STEPS) ** STEPS, rtol=1e-6)
+
+
+def test_observer_sees_every_step_and_noise_is_left_alone() -> None:
+    noise = np.zeros((1, 1, 1), np.float32)
+    seen: list[tuple[float, float]] = []
+    euler_integrate(
+        lambda x, t: np.full_like(x, t),
+        noise,
+        (1.0, 0.5),
+        -0.5,
+        lambda x, v: seen.append((x.item(), v.item())),
+    )
+    assert seen == [(0.0, 1.0), (-0.5, 0.5)]
+    assert noise.item() == 0

@@ -1,0 +1,64 @@
+"""A manifest whose parts do not fit together is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from tiny_engine import make_manifest
+
+from quantvla.runtime.errors import QuantVLAError
+from quantvla.runtime.manifest import Images
+from quantvla.runtime.wiring import check_wiring
+
+replace = msgspec.structs.replace
+BASE = make_manifest()
+VISION, PREFIX, DENOISE = BASE.stages
+SAMPLER = BASE.sampler
+IMAGES = BASE.preprocess[0]
+assert isinstance(IMAGES, Images)
+
+
+def test_wiring_of_a_sound_manifest() -> None:
+    check_wiring(BASE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stages": (PREFIX, DENOISE)}, "stage 'prefix' input 'features': nothing makes it"),
+        ({"preprocess": BASE.preprocess[:2]}, "stage 'prefix' input 'tokens': nothing makes it"),
+        (
+            {"preprocess": (replace(IMAGES, resize=(9, 9)), *BASE.preprocess[1:])},
+            r"stage 'vision' input 'images': expected float32 \[2, 3, 8, 12\], got float32 \[2, 3, 9, 9\]",
+        ),
+        (
+            {"preprocess": (replace(IMAGES, keys=("observation.images.frnt",)),)},
+            "unknown camera .*did you mean 'observation.images.front'",
+        ),
+        ({"preprocess": (*BASE.preprocess, IMAGES)}, "tensor 'images': is made twice"),
+        ({"stages": (DENOISE, VISION, PREFIX)}, "stage 'denoise' must be the last one"),
+        ({"stages": ()}, "stage 'denoise' must be the last one"),
+        ({"stages": (VISION, VISION, DENOISE)}, "two have the same name"),
+        (
+            {"stages": (VISION, PREFIX, replace(DENOISE, repeat=3))},
+            "stage 'denoise': expected repeat 10, got 3",
+        ),
+        (
+            {"stages": (replace(VISION, repeat=2), PREFIX, DENOISE)},
+            "stage 'vision': expected repeat 1, got 2",
+        ),
+        ({"sampler": replace(SAMPLER, velocity="v")}, "expected an output 'v' float32"),
+        (
+            {"sampler": replace(SAMPLER, noise_shape=(1, 9, 6))},
+            r"expected noise of shape \[1, 4, at least 2\], got \[1, 9, 6\]",
+        ),
+        ({"action": replace(BASE.action, execute=5)}, "cannot execute more than 4, got 5"),
+        ({"action": replace(BASE.action, dim=3)}, "postprocessing: expected dim 3, got 2"),
+        ({"action": replace(BASE.action, names=("x",))}, "action: expected 2 names, got 1"),
+        ({"files": {}}, "files: 'vision.onnx' has no checksum"),
+        ({"files": BASE.files | {"../x": ""}}, "must lie inside the engine directory"),
+    ],
+)
+def test_wiring_errors(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(QuantVLAError, match=f"^manifest .*{message}"):
+        check_wiring(replace(BASE, **fields))
