@@ -15,7 +15,7 @@ from quantvla.runtime.errors import QuantVLAError, explain
 
 if TYPE_CHECKING:
     from quantvla.evaluate.arms import Arm
-    from quantvla.evaluate.results import ArmResult, Evaluation, TaskResult
+    from quantvla.evaluate.results import Evaluation
 
 RESULT_FILE = "evaluation.json"
 FILM_FILE = "film.gif"
@@ -93,6 +93,8 @@ def parse_arms(arguments: Sequence[str]) -> tuple[Arm, ...]:
 
 def print_evaluation(result: Evaluation, console: Console) -> None:
     """Print success per task and arm with Wilson's interval, and what each pair of arms differs by."""
+    from quantvla.report.table import format_rate
+
     table = Table(
         title=f"Success, {result.episodes_per_task} episodes per task, seed {result.seed}"
     )
@@ -110,13 +112,6 @@ def print_evaluation(result: Evaluation, console: Console) -> None:
         console.print(
             "The arms draw noise of different shapes: goals are shared, flow noise is not."
         )
-
-
-def format_rate(result: ArmResult | TaskResult) -> str:
-    """Return ``17/20 85 % [64-95]``: successes, rate and its 95 % interval in percent."""
-    low, high = result.ci95
-    share = f"{result.successes}/{result.episodes}"
-    return f"{share} {result.rate:4.0%} [{100 * low:.0f}-{100 * high:.0f}]"
 
 
 def _pair_table(result: Evaluation) -> Table:

@@ -141,7 +141,7 @@ def load(arm: Arm) -> NoisyPolicy:
     """Load by name: ``good``, ``bad`` and so on; the path is a log of the noises seen, if given."""
     kinds = {"broken": BrokenPolicy, "raising": RaisingPolicy, "dying": DyingPolicy}
     scale = {"good": 0.02, "bad": 0.45}.get(arm.name, 0.02)
-    log = Path(arm.path) if arm.path else None
+    log = Path(arm.path) if arm.path and not Path(arm.path).is_dir() else None
     return kinds.get(arm.name, NoisyPolicy)(scale, log)
 
 

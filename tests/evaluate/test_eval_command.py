@@ -1,0 +1,111 @@
+"""``quantvla eval`` on a fake simulator: arguments, JSON, tables, files."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from fake_simulator import FakeSimulator, load
+
+from quantvla.cli.eval import eval_command
+from quantvla.evaluate import closed_loop, rollouts
+from quantvla.evaluate.environment import MetaWorld
+from quantvla.runtime.errors import QuantVLAError
+
+CONFIG = {
+    "type": "smolvla",
+    "input_features": {
+        "observation.images.front": {"type": "VISUAL", "shape": [3, 8, 8]},
+        "observation.state": {"type": "STATE", "shape": [2]},
+    },
+    "output_features": {"action": {"type": "ACTION", "shape": [2]}},
+    "chunk_size": 4,
+    "n_action_steps": 2,
+    "max_action_dim": 3,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of the fake robot; the command runs it in the fake simulator."""
+    directory = tmp_path / "policy"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "model.safetensors").write_bytes(b"")
+    for module, name in ((closed_loop, "evaluate"), (rollouts, "record_rollouts")):
+        real = getattr(module, name)
+        fake = functools.partial(real, simulator=FakeSimulator(), load=load)
+        monkeypatch.setattr(module, name, fake)
+    return directory
+
+
+def invoke(*arguments: str) -> Result:
+    result = CliRunner().invoke(eval_command, list(arguments))
+    if isinstance(result.exception, QuantVLAError):
+        raise result.exception
+    return result
+
+
+def test_json(checkpoint: Path) -> None:
+    arms = (f"good={checkpoint}", f"bad={checkpoint}")
+    result = invoke(*arms, "--tasks", "go,fetch", "--episodes", "5", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found["arms"]) == {"good", "bad"}
+    for arm in found["arms"].values():
+        assert {"episodes", "successes", "rate", "ci95", "tasks"} <= set(arm)
+        assert set(arm["tasks"]) == {"go", "fetch"}
+        assert set(arm["tasks"]["go"]) == {"episodes", "successes", "rate", "ci95"}
+        assert arm["episodes"] == 10
+    (pair,) = found["pairs"]
+    expected = {"a", "b", "both", "only_a", "only_b", "neither", "difference", "ci95", "mcnemar_p"}
+    assert set(pair) == expected
+    assert found["seed"] == 0 and found["shared_noise"] and "quantvla" in found["versions"]
+
+
+def test_tables(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    result = invoke(f"good={checkpoint}", f"bad={checkpoint}", "--episodes", "3")
+    assert "9/9  100 %" in result.stdout
+    assert "bad - good" in result.stdout
+    assert "McNemar p" in result.stdout
+
+
+def test_output_directory_with_film(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arms = (f"good={checkpoint}", f"bad={checkpoint}")
+    result = invoke(*arms, "--episodes", "2", "-o", str(output), "--film", "--json")
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["episodes.jsonl", "evaluation.json", "film.gif"]
+    assert json.loads((output / "evaluation.json").read_text()) == json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("argument", ["policy", "=policy", "float=", ""])
+def test_an_arm_without_a_name(argument: str) -> None:
+    with pytest.raises(QuantVLAError, match=r"arm: expected NAME=DIRECTORY, got .*; write for"):
+        invoke(argument)
+
+
+def test_duplicate_names(checkpoint: Path) -> None:
+    with pytest.raises(QuantVLAError, match="arms: name used twice, got 'a'"):
+        invoke(f"a={checkpoint}", f"a={checkpoint}")
+
+
+def test_unknown_task(checkpoint: Path) -> None:
+    with pytest.raises(QuantVLAError, match="got 'fetc'; did you mean 'fetch'"):
+        invoke(f"a={checkpoint}", "--tasks", "fetc")
+
+
+def test_film_without_output(checkpoint: Path) -> None:
+    with pytest.raises(QuantVLAError, match="--film: has no place to go; give an output"):
+        invoke(f"a={checkpoint}", "--film")
+
+
+def test_simulator_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(QuantVLAError, match=r"not installed; run `pip install quantvla\[sim\]`"):
+        MetaWorld().check_installed()
