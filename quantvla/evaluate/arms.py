@@ -19,6 +19,7 @@ from quantvla.runtime.manifest import MANIFEST_FILE, read_manifest
 
 CHECKPOINT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+QUANTIZED_FILE = "quantized.json"
 TASK_KEY = "task"
 
 
@@ -27,7 +28,8 @@ class ChunkPolicy(Protocol):
 
     def predict_action_chunk(
         self,
-        observation: Mapping[str, Any],
+        obs: Mapping[str, Any],
+        /,
         *,
         noise: npt.NDArray[np.float32] | None = None,
         seed: int | None = None,
@@ -89,6 +91,12 @@ def identify_arm(name: str, directory: Path) -> Arm:
         return _engine_arm(name, directory)
     if (directory / CHECKPOINT_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
         return _checkpoint_arm(name, directory)
+    if (directory / QUANTIZED_FILE).is_file():
+        raise explain(
+            directory,
+            "a quantized checkpoint cannot be run",
+            remedy="export it first (`quantvla export`) and give the engine",
+        )
     found = "no such directory"
     if directory.is_dir():
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:6]) or "an empty directory"

@@ -71,3 +71,9 @@ def test_a_damaged_manifest(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(QuantVLAError, match=r"manifest.json: is not a manifest"):
         identify_arm("a", tmp_path)
+
+
+def test_a_quantized_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "quantized.json").write_text("{}")
+    with pytest.raises(QuantVLAError, match="quantized checkpoint cannot be run; export it first"):
+        identify_arm("a", tmp_path)
