@@ -170,7 +170,9 @@ def test_wrong_observations_name_frame_and_key(
 
 def test_first_frame_without_camera_or_with_a_strange_key(tmp_path: Path, observe: Observe) -> None:
     blind = {STATE: np.zeros(3), "task": "t"}
-    with pytest.raises(QuantVLAError, match=r"frame 0: no camera image, got keys observation.state"):
+    with pytest.raises(
+        QuantVLAError, match=r"frame 0: no camera image, got keys observation.state"
+    ):
         record([(blind, 0, 0)], tmp_path / "set")
     with pytest.raises(QuantVLAError, match="a camera key may hold letters"):
         record([({**observe(), "observation.images./x": IMAGE}, 0, 0)], tmp_path / "set")
