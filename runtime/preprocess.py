@@ -33,7 +33,7 @@ from quantvla.runtime.observation import (
     read_text,
     read_vector,
 )
-from quantvla.runtime.resize import fitted_size, resize_with_pad
+from quantvla.runtime.resize import fit_plane, fitted_size
 from quantvla.runtime.text import TaskTokenizer
 
 Observation = Mapping[str, object]
@@ -110,28 +110,28 @@ class _ImageRunner:
         self._warned: set[str] = set()
 
     def __call__(self, obs: Observation) -> Tensors:
-        images = [self._one(obs, key) for key in self._step.keys]
-        shapes = {image.shape for image in images}
-        if len(shapes) > 1:
+        step = self._step
+        images = [read_image(obs, key) for key in step.keys]
+        for key, image in zip(step.keys, images, strict=True):
+            self._check_size(key, (image.shape[0], image.shape[1]))
+        sizes = {image.shape[:2] for image in images}
+        if step.resize is None and len(sizes) > 1:
             raise explain(
-                f"observation {', '.join(map(repr, self._step.keys))}",
+                f"observation {', '.join(map(repr, step.keys))}",
                 "cameras must have one size, since the engine does not resize",
-                got=", ".join(str(image.shape[1:]) for image in images),
+                got=", ".join(f"{height}x{width}" for height, width in sorted(sizes)),
                 remedy="resize them before",
             )
-        return {self._step.output: np.stack(images)}
-
-    def _one(self, obs: Observation, key: str) -> NDArray[np.float32]:
-        image = read_image(obs, key)
-        step = self._step
-        self._check_size(key, (image.shape[0], image.shape[1]))
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
-        planes /= np.float32(255)
-        if step.resize is not None:
-            planes = resize_with_pad(planes, step.resize, step.pad_value)
-        planes *= np.float32(step.scale)
-        planes += np.float32(step.offset)
-        return planes
+        size = step.resize or images[0].shape[:2]
+        tensor = np.empty((len(images), 3, *size), dtype=np.float32)
+        for image, planes in zip(images, tensor, strict=True):
+            for channel, output in enumerate(planes):
+                plane = image[:, :, channel].astype(np.float32)
+                plane /= np.float32(255)
+                fit_plane(plane, output, step.pad_value)
+        tensor *= np.float32(step.scale)
+        tensor += np.float32(step.offset)
+        return {step.output: tensor}
 
     def _check_size(self, key: str, size: tuple[int, int]) -> None:
         expected = self._expected.get(key, size)

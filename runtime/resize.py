@@ -5,7 +5,9 @@ align_corners=False)``, without antialiasing. Pillow's point-sampled bilinear tr
 its source coordinates in double precision, torch in single precision; on image sizes with an odd
 ratio the two differ by up to 7e-5 of the pixel range, seven times what the pipeline may differ.
 So the coordinates are computed here as torch computes them, and the two separable passes are
-numpy: within 2e-7 of torch on every size tried, and faster than the Pillow route.
+numpy: within 3e-7 of torch on every size tried, and four times as fast as the Pillow route.
+Colour planes go one by one, because small temporaries are reused where large ones are handed
+back to the system and faulted in again: 5 ms instead of 17 for two 640x480 images.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 
 
-def fitted_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+def fitted_size(size: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, int]:
     """Return the (height, width) that ``size`` takes inside ``target`` with its aspect ratio kept.
 
     Both are (height, width). Rounds down as lerobot does; a side of a very thin image can be 0.
     """
     if size == target:
-        return target
+        return target[0], target[1]
     ratio = max(size[1] / target[1], size[0] / target[0])
     return int(size[0] / ratio), int(size[1] / ratio)
 
@@ -35,35 +37,38 @@ def resize_with_pad(image: FloatArray, target: tuple[int, int], pad_value: float
     image: (channels, height, width) -> (channels, target height, target width).
     The same as lerobot's ``resize_with_pad``.
     """
-    channels, height, width = image.shape
-    if (height, width) == target:
-        return image
-    fitted = fitted_size((height, width), target)
-    resized = resize_bilinear(image, fitted)
-    if fitted == target:
-        return resized
-    padded = np.full((channels, *target), pad_value, dtype=np.float32)
-    padded[:, target[0] - fitted[0] :, target[1] - fitted[1] :] = resized
-    return padded
+    resized = np.empty((image.shape[0], *target), dtype=np.float32)
+    for plane, output in zip(image, resized, strict=True):
+        fit_plane(plane, output, pad_value)
+    return resized
 
 
-def resize_bilinear(image: FloatArray, size: tuple[int, int]) -> FloatArray:
-    """Return ``image`` sampled bilinearly at ``size``, half-pixel centres, no antialiasing.
+def fit_plane(plane: FloatArray, output: FloatArray, pad_value: float) -> None:
+    """Write `resize_with_pad` of one colour plane into ``output``; both are (height, width)."""
+    if plane.shape == output.shape:
+        output[...] = plane
+        return
+    height, width = fitted_size(plane.shape, output.shape)
+    top, left = output.shape[0] - height, output.shape[1] - width
+    output[:top] = pad_value
+    output[top:, :left] = pad_value
+    _resize_plane(plane, output[top:, left:])
 
-    image: (channels, height, width) -> (channels, *size).
-    """
-    top, bottom, down = _neighbours(image.shape[1], size[0])
-    left, right, along = _neighbours(image.shape[2], size[1])
-    rows = _blend(image[:, top], image[:, bottom], down[:, None])
-    return _blend(rows[:, :, left], rows[:, :, right], along)
 
-
-def _blend(first: FloatArray, second: FloatArray, weight: FloatArray) -> FloatArray:
-    """Return ``first + weight * (second - first)``, computed in the memory of ``second``."""
-    second -= first
-    second *= weight
-    second += first
-    return second
+def _resize_plane(plane: FloatArray, output: FloatArray) -> None:
+    """Sample ``plane`` bilinearly at the size of ``output``: half-pixel centres, no antialiasing."""
+    top, bottom, down = _neighbours(plane.shape[0], output.shape[0])
+    left, right, along = _neighbours(plane.shape[1], output.shape[1])
+    rows = plane.take(bottom, axis=0)
+    upper = plane.take(top, axis=0)
+    rows -= upper
+    rows *= down[:, None]
+    rows += upper
+    columns = rows.take(right, axis=1)
+    first = rows.take(left, axis=1)
+    columns -= first
+    columns *= along
+    np.add(columns, first, out=output)
 
 
 @lru_cache(maxsize=64)
