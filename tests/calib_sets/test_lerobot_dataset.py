@@ -44,6 +44,7 @@ def dataset(
 
 def write(root: Path, observe: Observe, use_videos: bool = False) -> None:
     """Write the frames of ``given`` with lerobot."""
+    from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     image = {
@@ -60,16 +61,21 @@ def write(root: Path, observe: Observe, use_videos: bool = False) -> None:
         "action": {"dtype": "float32", "shape": (2,), "names": {"motors": ["a", "b"]}},
     }
     new = LeRobotDataset.create(
-        "someone/pick_cubes", fps=10, features=features, root=root, use_videos=use_videos
+        "someone/pick_cubes",
+        fps=10,
+        features=features,
+        root=root,
+        use_videos=use_videos,
+        rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=10),  # AV1 wants larger pictures
     )
     extra = {"action": np.zeros(2, np.float32), "observation.effort": np.zeros(3, np.float32)}
     episode = 0
     for observation, number, _ in given(observe):
         if number != episode:
-            new.save_episode()
+            new.save_episode(parallel_encoding=False)
             episode = number
         new.add_frame({**observation, **extra})
-    new.save_episode()
+    new.save_episode(parallel_encoding=False)
     new.finalize()
 
 
@@ -129,9 +135,11 @@ def test_video_datasets_are_decoded(
     write(tmp_path / "videos", observe, use_videos=True)
     opened = open_set(tmp_path / "videos")
     for frame, (observation, _, _) in zip(opened, given(observe), strict=True):
-        assert frame.observation[TOP].dtype == np.uint8
-        error = frame.observation[TOP].astype(int) - observation[TOP].astype(int)
-        assert np.abs(error).mean() < 12
+        for key in (TOP, WRIST):  # a codec smears colour noise; brightness per row stays
+            found, wanted = frame.observation[key], observation[key]
+            assert (found.dtype, found.shape) == (np.uint8, wanted.shape)
+            error = found.mean(axis=(1, 2)) - wanted.mean(axis=(1, 2))
+            assert np.abs(error).max() < 10
 
 
 @pytest.mark.parametrize(
