@@ -26,13 +26,16 @@ class MatMulNBitsLinear(nn.Module):
         out_features, in_features = weight.codes.shape
         self.out_features, self.in_features, self.block = out_features, in_features, weight.block
         packed = pack_int4(weight.codes)
+        self.qweight: Tensor
+        self.scales: Tensor
+        self.bias: Tensor | None
         self.register_buffer("qweight", packed.view(out_features, -1, weight.block // 2))
         self.register_buffer("scales", weight.scales.float())
         self.register_buffer("bias", linear.bias)
         self.weight = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = [x, self.qweight, self.scales]
+        inputs: list[Tensor | None] = [x, self.qweight, self.scales]
         if self.bias is not None:
             inputs += [None, None, self.bias]
         out: Tensor = torch.onnx.ops.symbolic(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from quantvla.calib_sets import CalibrationSet
 from quantvla.families.base import LoadedPolicy
 from quantvla.passes.base import Progress
 from quantvla.runtime.files import write_atomic
@@ -19,13 +19,6 @@ from quantvla.staged import make_preprocessor, prepare, run_context, sample, wit
 from quantvla.statistics import SiteStatistics, observe, require_calls, require_finite
 
 SAVE_EVERY_FRAMES = 16
-
-
-class ObservedFrame(Protocol):
-    """A frame of a calibration set."""
-
-    @property
-    def observation(self) -> dict[str, Any]: ...
 
 
 def frame_noise(seed: int, frame: int, shape: Sequence[int]) -> NDArray[np.float32]:
@@ -36,7 +29,7 @@ def frame_noise(seed: int, frame: int, shape: Sequence[int]) -> NDArray[np.float
 def collect_statistics(
     loaded: LoadedPolicy,
     sites: Sequence[str],
-    frames: Sequence[ObservedFrame],
+    frames: CalibrationSet,
     *,
     seed: int,
     journal: Path,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from quantvla.families.base import Interface, LoadedPolicy, Stage
 from quantvla.runtime.manifest import Tokenize
 from quantvla.runtime.preprocess import Preprocessor
-from quantvla.runtime.sampler import euler_integrate
+from quantvla.runtime.sampler import Observer, euler_integrate
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -71,12 +71,22 @@ def velocity(
 
 
 def sample(
-    loaded: LoadedPolicy, context: Mapping[str, NDArray[Any]], noise: NDArray[np.float32]
+    loaded: LoadedPolicy,
+    context: Mapping[str, NDArray[Any]],
+    noise: NDArray[np.float32],
+    observe: Observer | None = None,
 ) -> NDArray[np.float32]:
-    """Integrate from ``noise`` to the normalized action chunk: (1, horizon, padded)."""
+    """Integrate from ``noise`` to the normalized action chunk: (1, horizon, padded).
+
+    ``observe`` is called with x and the velocity at each step.
+    """
     sampler = loaded.interface.sampler
     return euler_integrate(
-        lambda x, t: velocity(loaded, context, x, t), noise, sampler.timesteps, sampler.step
+        lambda x, t: velocity(loaded, context, x, t),
+        noise,
+        sampler.timesteps,
+        sampler.step,
+        observe,
     )
 
 

@@ -71,7 +71,7 @@ def resolve_vlm(directory: Path, name: str) -> str:
 
 def read_config(directory: Path) -> SmolVLAConfig:
     """Return the checkpoint's configuration, for the CPU, with its VLM found."""
-    config: Any = PreTrainedConfig.from_pretrained(directory)
+    config: SmolVLAConfig = PreTrainedConfig.from_pretrained(directory)
     config.device = "cpu"
     config.load_vlm_weights = False
     config.compile_model = False
@@ -87,7 +87,7 @@ def read_config(directory: Path) -> SmolVLAConfig:
         raise explain(
             directory / "config.json", "names no camera", remedy="use a policy with image inputs"
         )
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def build_policy(
@@ -260,7 +260,7 @@ class _Prefix(nn.Module):
         self, image_features: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         model = self.policy.model
-        features = list(image_features.split(1))
+        features = [image_features[i : i + 1] for i in range(image_features.shape[0])]
         masks = [torch.ones(1, dtype=torch.bool) for _ in features]
         for _ in range(self.empty_cameras):  # masked, so what stands there does not matter
             features.append(torch.zeros_like(features[0]))

@@ -1,0 +1,6 @@
+"""``python -m quantvla``."""
+
+from quantvla.cli.main import main
+
+if __name__ == "__main__":
+    main()

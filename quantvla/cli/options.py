@@ -1,0 +1,29 @@
+"""Options and argument types that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+DIRECTORY = click.Path(path_type=Path)
+
+policy_path = click.option(
+    "--policy.path",
+    "policy_path",
+    type=DIRECTORY,
+    required=True,
+    help="LeRobot checkpoint directory.",
+)
+output = click.option("-o", "--output", type=DIRECTORY, required=True, help="Directory to write.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+recipe = click.option(
+    "--recipe",
+    default="w4a8",
+    show_default=True,
+    help="Name of a bundled recipe or path of a .toml file.",
+)
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+)
+seed = click.option("--seed", default=0, show_default=True, help="Seed of the flow noise.")

@@ -1,0 +1,59 @@
+"""``quantvla plan``: which site gets which scheme, before any weight is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from quantvla.cli import options
+from quantvla.families import load_policy
+from quantvla.layout import make_plan
+from quantvla.plan import Plan
+from quantvla.recipe import read_recipe
+
+
+@click.command()
+@options.policy_path
+@options.recipe
+@options.as_json
+def plan(policy_path: Path, recipe: str, as_json: bool) -> None:
+    """Print the plan of a recipe for a policy: site, stage, shape, scheme, bytes, reason."""
+    made = make_plan(load_policy(policy_path).sites, read_recipe(recipe))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(made), indent=1))
+    else:
+        print_plan(made)
+
+
+def print_plan(made: Plan) -> None:
+    """Print every site and the totals per stage; bytes are of weights, float counted in half precision."""
+    console = Console(width=None if Console().is_terminal else 200)
+    table = Table(title=f"plan: {made.recipe}")
+    for column, justify in (
+        ("site", "left"), ("stage", "left"), ("out x in", "right"), ("scheme", "left"),
+        ("fp16 bytes", "right"), ("bytes", "right"), ("reason", "left"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for entry in made.entries:
+        scheme = entry.scheme.name + (f" block {entry.scheme.block}" if entry.quantized else "")
+        table.add_row(
+            entry.site, entry.stage, f"{entry.out_features} x {entry.in_features}", scheme,
+            f"{entry.bytes_before:,}", f"{entry.bytes_after:,}", entry.reason,
+        )  # fmt: skip
+    console.print(table)
+    console.print(plan_summary(made))
+
+
+def plan_summary(made: Plan) -> str:
+    """Return one line on what is quantized and what that saves."""
+    before = sum(entry.bytes_before for entry in made.quantized)
+    after = sum(entry.bytes_after for entry in made.quantized)
+    return (
+        f"{len(made.quantized)} of {len(made.entries)} linears become integers: "
+        f"{before / 2**20:.2f} MiB in half precision -> {after / 2**20:.2f} MiB with scales "
+        f"({made.saving():.1%} less); {len(made.dropped)} dropped because inference never reads them"
+    )

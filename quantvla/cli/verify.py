@@ -1,0 +1,120 @@
+"""``quantvla verify``: engine against float policy; exit code 0 pass, 1 fail, 2 error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from quantvla import verify as verification
+from quantvla.calib_sets import limit, open_set
+from quantvla.calib_sets.bundled import bundled_set
+from quantvla.cli import options
+from quantvla.cli.progress import progress_bar
+from quantvla.runtime.manifest import read_manifest
+
+FAILED = 1
+
+
+@click.command()
+@click.argument("engine", type=options.DIRECTORY)
+@options.policy_path
+@click.option(
+    "--calib",
+    type=options.DIRECTORY,
+    help="Set whose held-out part is used.  [default: the bundled set of this robot]",
+)
+@click.option("--frames", default=64, show_default=True, help="Held-out frames to use at most.")
+@click.option(
+    "--float-engine",
+    type=options.DIRECTORY,
+    help="Float engine for the parity part.  [default: exported to a temporary directory]",
+)
+@click.option(
+    "--parity-threshold",
+    default=1e-4,
+    show_default=True,
+    help="Largest action error of the float engine.",
+)
+@click.option(
+    "--kernel-threshold",
+    default=1e-3,
+    show_default=True,
+    help="Largest action error against the integer reference.",
+)
+@click.option(
+    "--cosine-threshold",
+    default=0.98,
+    show_default=True,
+    help="Least mean cosine against the float policy.",
+)
+@options.seed
+@options.as_json
+def verify(
+    engine: Path, policy_path: Path, calib: Path | None, frames: int, float_engine: Path | None,
+    parity_threshold: float, kernel_threshold: float, cosine_threshold: float, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare ENGINE with the policy it was made from, on held-out observations and shared noise."""
+    manifest = read_manifest(engine)
+    source = open_set(calib) if calib else bundled_set(manifest.cameras, manifest.state)
+    heldout = limit(source, heldout_frames=frames, seed=seed).part("heldout")
+    with progress_bar() as progress:
+        report = verification.verify(
+            engine, policy_path, heldout, float_engine=float_engine, seed=seed, progress=progress,
+            thresholds=verification.Thresholds(parity_threshold, kernel_threshold, cosine_threshold),
+        )  # fmt: skip
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    else:
+        _print(report)
+    sys.exit(0 if report.passed else FAILED)
+
+
+def _print(report: verification.VerifyReport) -> None:
+    error, limits = report.quantization, report.thresholds
+    table = Table(title=f"{report.frames} held-out frames of {report.set}, seed {report.seed}")
+    for column in ("what", "value", "limit"):
+        table.add_column(column)
+    table.add_row(
+        "parity: float engine against lerobot, max abs",
+        f"{report.parity.max_abs:.2e}",
+        f"{limits.parity:.0e}",
+    )
+    table.add_row(
+        "kernel: engine against integer reference, max abs",
+        f"{report.kernel.max_abs:.2e}",
+        f"{limits.kernel:.0e}",
+    )
+    table.add_row("quantization: cosine, mean", f"{error.cosine_mean:.5f}", f"{limits.cosine_mean}")
+    table.add_row(
+        "quantization: cosine, 5th percentile / min",
+        f"{error.cosine_p5:.5f} / {error.cosine_min:.5f}",
+        "",
+    )
+    table.add_row("quantization: relative action error", f"{error.nrmse:.3%}", "")
+    table.add_row(
+        "  per action dimension", " ".join(f"{v:.2%}" for v in error.nrmse_per_dimension), ""
+    )
+    table.add_row(
+        "  velocity by step, teacher-forced",
+        " ".join(f"{v:.1%}" for v in error.velocity_teacher_forced),
+        "",
+    )
+    table.add_row(
+        "  velocity by step, free-running",
+        " ".join(f"{v:.1%}" for v in error.velocity_free_running),
+        "",
+    )
+    if report.integer_sites:
+        saved = 1 - report.integer_bytes / report.half_bytes
+        table.add_row(
+            "memory of the quantized parts", f"{report.integer_bytes / 2**20:.2f} MiB, {saved:.1%} less than fp16",
+            f"{report.integer_sites} sites",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print("[green]pass[/]" if report.passed else "[red]fail[/]")
