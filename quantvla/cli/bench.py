@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from quantvla.runtime.bench import BenchReport, Percentiles
@@ -33,7 +34,8 @@ def bench(engine: Path, as_json: bool, repeats: int, warmup: int, threads: int |
 
 
 def _table(engine: Path, report: BenchReport) -> Table:
-    table = Table(title=f"{engine}: {report.family}, {report.recipe}, {report.target}")
+    title = f"{engine}: {report.family}, {report.recipe}, {report.target}"
+    table = Table(title=escape(title))
     table.add_column("part")
     table.add_column("runs per chunk", justify="right")
     table.add_column("p50 ms", justify="right")
