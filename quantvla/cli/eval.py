@@ -37,7 +37,7 @@ FILM_TASKS = 4
 )
 @click.option("--film", is_flag=True, help=f"Also write {FILM_FILE}, arms side by side (needs -o).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def eval_command(
+def evaluate(
     arms: Sequence[str],
     tasks: str,
     episodes: int,
@@ -55,15 +55,15 @@ def eval_command(
 
         quantvla eval float=CHECKPOINT_DIR w4a8=ENGINE_DIR --episodes 20 -o build/eval
     """
-    from quantvla.evaluate.closed_loop import JOURNAL_FILE, EvaluationPlan, evaluate
+    from quantvla.evaluate import closed_loop
     from quantvla.runtime.files import write_atomic
 
     if film and output is None:
         raise explain("--film", "has no place to go", remedy="give an output directory with -o")
     named = parse_arms(arms)
-    plan = EvaluationPlan(tuple(tasks.split(",")), episodes, seed, execute)
-    journal = None if output is None else output / JOURNAL_FILE
-    result = evaluate(named, plan, processes=processes, journal=journal)
+    plan = closed_loop.EvaluationPlan(tuple(tasks.split(",")), episodes, seed, execute)
+    journal = None if output is None else output / closed_loop.JOURNAL_FILE
+    result = closed_loop.evaluate(named, plan, processes=processes, journal=journal)
     encoded = msgspec.json.format(msgspec.json.encode(result), indent=2)
     if output is not None:
         write_atomic(output / RESULT_FILE, encoded + b"\n")
@@ -115,18 +115,17 @@ def print_evaluation(result: Evaluation, console: Console) -> None:
 
 
 def _pair_table(result: Evaluation) -> Table:
-    table = Table(title="Pairs, on the same episodes and noise")
-    for name in ("pair", "difference", "95 % interval", "both", "only", "neither", "McNemar p"):
-        table.add_column(name, justify="left" if name == "pair" else "right")
+    table = Table(title="Pairs on the same episodes and noise; p is McNemar's exact test")
+    table.add_column("b - a", no_wrap=True)
+    for name in ("points", "95 %", "both", "only a", "only b", "neither", "p"):
+        table.add_column(name, justify="right", no_wrap=name == "95 %")
     for pair in result.pairs:
         low, high = pair.ci95
         table.add_row(
             f"{pair.b} - {pair.a}",
-            f"{100 * pair.difference:+.1f} points",
-            f"{100 * low:+.1f} to {100 * high:+.1f}",
-            str(pair.both),
-            f"{pair.a} {pair.only_a}, {pair.b} {pair.only_b}",
-            str(pair.neither),
+            f"{100 * pair.difference:+.1f}",
+            f"{100 * low:+.1f} {100 * high:+.1f}",
+            *map(str, (pair.both, pair.only_a, pair.only_b, pair.neither)),
             f"{pair.mcnemar_p:.3f}",
         )
     return table

@@ -5,6 +5,7 @@ Identifying an arm reads JSON only; weights are loaded where the episodes run.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -109,11 +110,20 @@ def identify_arm(name: str, directory: Path) -> Arm:
 
 
 def load_policy(arm: Arm) -> ChunkPolicy:
-    """Load the policy of an arm with one thread, so that arms in parallel processes do not compete."""
+    """Load the policy of an arm with one thread, so that arms in parallel processes do not compete.
+
+    Raises `QuantVLAError` for a checkpoint where lerobot is not installed.
+    """
     if arm.kind == "engine":
         from quantvla.runtime.policy import Policy
 
         return Policy.from_pretrained(arm.path, threads=1)
+    if importlib.util.find_spec("lerobot") is None:
+        raise explain(
+            arm.path,
+            "a LeRobot checkpoint needs lerobot, which is not installed",
+            remedy="run `pip install quantvla[compile]`, or evaluate its engine",
+        )
     from quantvla.float_policy import FloatPolicy
 
     return FloatPolicy.from_pretrained(Path(arm.path), threads=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +44,8 @@ def record_rollouts(
     the end.
     """
     simulator = MetaWorld() if simulator is None else simulator
-    policies = [load(arm) for arm in arms]
+    with redirect_stdout(sys.stderr):  # lerobot prints while it loads
+        policies = [load(arm) for arm in arms]
     for task in tasks:
         environment = simulator.open(task)
         stage = simulator.open(task, image_size=image_size)

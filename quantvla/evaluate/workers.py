@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -188,8 +189,9 @@ class _Worker:
 
 
 def _work(connection: Connection, job: Job) -> None:
-    """Run items until the parent closes the pipe. Ctrl-C is the parent's business."""
+    """Run items until the parent closes the pipe. Ctrl-C is the parent's business; stdout carries its result only."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     runner = EpisodeRunner(job)
     try:
         while True:

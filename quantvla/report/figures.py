@@ -180,15 +180,16 @@ _RECIPES = (
     _Recipe(
         "latency",
         "Latency of a chunk by stage",
-        "Median time of each stage times its calls per chunk. Measured in turns on the same machine.",
+        "Median time of each stage times its calls per chunk, measured in turns on the same machine. "
+        "The PyTorch policy's chunk is lerobot's own call; its stages are timed one by one.",
         lambda report: any(arm.chunk_ms for arm in report.arms),
         latency_figure,
     ),
     _Recipe(
         "sites",
         "Quantization error by linear",
-        "RMS of each quantized linear's output error over the RMS of its float output, on float "
-        "inputs from the calibration set. Empty cells stay in float.",
+        "RMS of each quantized linear's output error over the RMS of its float output, over the "
+        "calibration set. Empty cells stay in float.",
         lambda report: bool(report.sites),
         site_error_figure,
     ),

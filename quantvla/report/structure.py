@@ -12,15 +12,17 @@ REPORT_VERSION = 1
 class ActionError(msgspec.Struct, frozen=True, kw_only=True):
     """Difference of normalized actions to the reference policy, same observations and noise.
 
-    ``nrmse`` is the root mean square in units of the action's spread; the cosines are between
-    whole chunks: mean, 5th percentile and worst observation.
+    ``nrmse`` is the root mean square error over that of the reference's actions; the cosines are
+    between whole chunks: mean, 5th percentile and worst observation. ``export_max_abs`` is what
+    lowering and kernels add: the largest difference to PyTorch with the same weights (for
+    integers: the same integers).
     """
 
     nrmse: float
-    max_abs: float
     cosine_mean: float
     cosine_p5: float
     cosine_min: float
+    export_max_abs: float
     observations: int
 
 

@@ -28,9 +28,9 @@ def summary_rows(report: Report) -> tuple[Row, ...]:
     measures: list[tuple[str, Callable[[ArmReport], str]]] = [
         ("Success in closed loop", lambda arm: _success(arm.success)),
         ("Difference to the reference", lambda arm: _difference(report, arm)),
-        ("Action error (normalized RMSE)", _nrmse),
-        ("Largest action error", _max_abs),
+        ("Action error, relative RMS", _nrmse),
         ("Action cosine: mean / p5 / min", _cosine),
+        ("Export error, same weights, max abs", _export),
         ("Chunk latency p50 / p99", lambda arm: format_latency(arm.chunk_ms)),
         *((_stage_title(report, s), _stage_cell(s)) for s in stages),
         ("Quantized parts, scales counted", _parts),
@@ -87,11 +87,11 @@ def _difference(report: Report, arm: ArmReport) -> str:
 
 
 def _nrmse(arm: ArmReport) -> str:
-    return ABSENT if arm.action_error is None else f"{arm.action_error.nrmse:.2g}"
+    return ABSENT if arm.action_error is None else f"{100 * arm.action_error.nrmse:.2g} %"
 
 
-def _max_abs(arm: ArmReport) -> str:
-    return ABSENT if arm.action_error is None else f"{arm.action_error.max_abs:.2g}"
+def _export(arm: ArmReport) -> str:
+    return ABSENT if arm.action_error is None else f"{arm.action_error.export_max_abs:.1e}"
 
 
 def _cosine(arm: ArmReport) -> str:

@@ -95,10 +95,10 @@ def arms() -> tuple[ArmReport, ...]:
             if name == "float_policy"
             else ActionError(
                 nrmse=error,
-                max_abs=5 * error,
                 cosine_mean=1 - error**2,
                 cosine_p5=1 - 2 * error**2,
                 cosine_min=1 - 9 * error**2,
+                export_max_abs=4e-6,
                 observations=64,
             ),
             chunk_ms=Latency(p50=v + p + 10 * d + 1, p99=1.2 * (v + p + 10 * d)),
