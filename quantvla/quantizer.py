@@ -14,6 +14,7 @@ from torch import Tensor
 INT8_MAX = 127
 _SCALE_CANDIDATES = 48
 _SMALLEST_RATIO = 0.5
+_REFITS = 2
 _TINY = 2.0**-24  # the smallest positive half-precision number
 
 
@@ -43,7 +44,7 @@ def quantize_weight(
     """Round ``weight`` (out, in) to integers with the block scales of least weighted error.
 
     For each block the scale is searched among fractions of the one that just covers the largest
-    magnitude; the error of a candidate is ``sum_k importance_k (w_k - s q_k)^2`` with
+    magnitude, then refitted to the codes by least squares; the error of a candidate is ``sum_k importance_k (w_k - s q_k)^2`` with
     ``importance``: (in,) the second moment E[x_k^2] of the input channel (all ones when absent).
     Scales are rounded to half precision before the codes are computed, so the stored pair is exact.
     """
@@ -53,18 +54,37 @@ def quantize_weight(
     importance = torch.ones(columns) if importance is None else importance.float()
     per_block = importance.view(1, columns // block, block)
     largest = blocks.abs().amax(-1)
-    best_error = torch.full_like(largest, torch.inf)
-    best_scale = torch.ones_like(largest)
+    search = _ScaleSearch(blocks, per_block, high)
     for ratio in torch.linspace(1.0, _SMALLEST_RATIO, _SCALE_CANDIDATES).tolist():
-        scale = (largest * ratio / high).clamp_min(_TINY).half().float()
-        error = (
-            (_round_to(blocks, scale, high) * scale[..., None] - blocks).square() * per_block
-        ).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    codes = _round_to(blocks, best_scale, high).to(torch.int8).view(rows, columns)
-    return QuantizedWeight(codes, best_scale.half(), bits, block)
+        search.consider(largest * ratio / high)
+    for _ in range(_REFITS):
+        search.consider(search.refit())
+    codes = _round_to(blocks, search.scale, high).to(torch.int8).view(rows, columns)
+    return QuantizedWeight(codes, search.scale.half(), bits, block)
+
+
+class _ScaleSearch:
+    """The best scale of each block among those considered."""
+
+    def __init__(self, blocks: Tensor, importance: Tensor, high: int) -> None:
+        self._blocks, self._importance, self._high = blocks, importance, high
+        self.scale = torch.ones(blocks.shape[:-1])
+        self._error = torch.full(blocks.shape[:-1], torch.inf)
+
+    def consider(self, scale: Tensor) -> None:
+        """Keep ``scale`` (out, blocks) where its error is smaller."""
+        scale = scale.clamp_min(_TINY).half().float()
+        restored = _round_to(self._blocks, scale, self._high) * scale[..., None]
+        error = ((restored - self._blocks).square() * self._importance).sum(-1)
+        better = error < self._error
+        self._error = torch.where(better, error, self._error)
+        self.scale = torch.where(better, scale, self.scale)
+
+    def refit(self) -> Tensor:
+        """Return the least-squares scale for the codes of the best scale so far."""
+        codes = _round_to(self._blocks, self.scale, self._high)
+        weighted = codes * self._importance
+        return (weighted * self._blocks).sum(-1) / (weighted * codes).sum(-1).clamp_min(_TINY)
 
 
 def _round_to(blocks: Tensor, scale: Tensor, high: int) -> Tensor:

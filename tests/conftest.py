@@ -1,0 +1,95 @@
+"""Artefacts several tests need, made once: a random-weight checkpoint and what the compiler makes of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MUJOCO_GL", "egl")
+
+import numpy as np
+import pytest
+
+Observation = dict[str, Any]
+
+
+def random_observation(size: Any, seed: int, task: str = "push the red block") -> Observation:
+    """Return an observation of a policy of ``size`` with random pixels and state."""
+    rng = np.random.default_rng(seed)
+    shape = (size.camera_height, size.camera_width, 3)
+    images = {key: rng.integers(0, 256, shape, dtype=np.uint8) for key in size.cameras}
+    state = rng.standard_normal(size.state_dim).astype(np.float32)
+    return {**images, "observation.state": state, "task": task}
+
+
+@pytest.fixture(scope="session")
+def tiny_size() -> Any:
+    import torch
+
+    from quantvla.testing.smolvla import SmolVLASize
+
+    torch.set_num_threads(1)
+    return SmolVLASize()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_size: Any) -> Path:
+    from quantvla.testing.smolvla import write_random_checkpoint
+
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", tiny_size)
+
+
+@pytest.fixture(scope="session")
+def write_npz_set(tiny_size: Any) -> Callable[..., Path]:
+    def write(directory: Path, *, episodes: int = 3, frames: int = 4) -> Path:
+        directory.mkdir(parents=True)
+        for index in range(episodes * frames):
+            observation = random_observation(tiny_size, index)
+            np.savez(
+                directory / f"{index:03d}.npz",
+                **observation,
+                episode=index // frames,
+                frame=index % frames,
+            )
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory, write_npz_set: Callable[..., Path]) -> Path:
+    return write_npz_set(tmp_path_factory.mktemp("set") / "npz")
+
+
+@pytest.fixture(scope="session")
+def tiny_quantized(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_set: Path
+) -> Path:
+    from quantvla.calib_sets import open_set
+    from quantvla.quantize import quantize
+    from quantvla.recipe import read_recipe
+
+    output = tmp_path_factory.mktemp("quantized") / "w4a8"
+    quantize(tiny_checkpoint, open_set(tiny_set).part("calibration"), read_recipe("w4a8"), output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_float_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    from quantvla.export.engine import export_engine
+
+    output = tmp_path_factory.mktemp("engines") / "float"
+    export_engine(tiny_checkpoint, "cpu", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_integer_engine(tmp_path_factory: pytest.TempPathFactory, tiny_quantized: Path) -> Path:
+    from quantvla.export.engine import export_engine
+
+    output = tmp_path_factory.mktemp("engines") / "w4a8"
+    export_engine(tiny_quantized, "cpu", output)
+    return output

@@ -1,0 +1,70 @@
+"""The import arrows: cli -> export -> core -> runtime, and nothing back."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quantvla.families import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+LAYERS = {
+    "runtime": ("quantvla.runtime",),
+    "calib_sets": ("quantvla.calib_sets", "quantvla.runtime"),
+    "quantvla/passes": (
+        "quantvla.passes",
+        "quantvla.runtime",
+        "quantvla.plan",
+        "quantvla.quantizer",
+        "quantvla.statistics",
+        "quantvla.schemes",
+    ),
+    "export": (
+        "quantvla.export",
+        "quantvla.runtime",
+        "quantvla.families",
+        "quantvla.checkpoint",
+        "quantvla.passes.base",
+        "quantvla.quantized_linear",
+        "quantvla.quantizer",
+        "quantvla.versions",
+    ),
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_a_layer_imports_only_layers_below_it(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        for name in imports(path):
+            if name.startswith("quantvla."):
+                assert name.startswith(LAYERS[folder]), f"{path.name} imports {name}"
+
+
+def test_core_and_runtime_never_import_the_command_line() -> None:
+    for path in ROOT.glob("quantvla/**/*.py"):
+        if path.parent.name != "cli" and path.name not in ("__main__.py",):
+            assert not any(name.startswith("quantvla.cli") for name in imports(path)), path
+
+
+@pytest.mark.parametrize("folder", ["quantvla/passes", "export", "runtime", "calib_sets"])
+def test_no_family_is_named_outside_its_file(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        text = path.read_text().lower()
+        for name in FAMILIES:
+            assert name not in _without_comments(text), f"{path} names family {name}"
+
+
+def _without_comments(text: str) -> str:
+    return "\n".join(line.split("#")[0] for line in text.splitlines())

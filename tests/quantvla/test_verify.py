@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from quantvla.calib_sets import open_set
+from quantvla.cli.verify import verify as command
+from quantvla.export.engine import export_engine
+from quantvla.runtime.errors import QuantVLAError
+from quantvla.runtime.files import sha256_file
+from quantvla.runtime.manifest import encode_manifest, read_manifest
+from quantvla.testing.smolvla import write_random_checkpoint
+from quantvla.verify import Thresholds, verify
+
+
+def test_a_float_engine_passes_with_no_quantization(
+    tiny_float_engine: Path, tiny_checkpoint: Path, tiny_set: Path
+) -> None:
+    report = verify(tiny_float_engine, tiny_checkpoint, open_set(tiny_set).part("heldout"))
+    assert report.passed and report.integer_sites == 0
+    assert report.parity.max_abs < 1e-4 and report.kernel.max_abs < 1e-4
+    assert report.quantization.nrmse < 1e-5 and report.quantization.cosine_min > 0.999999
+
+
+def test_an_integer_engine_is_near_its_reference_and_further_from_float(
+    tiny_integer_engine: Path, tiny_float_engine: Path, tiny_checkpoint: Path, tiny_set: Path
+) -> None:
+    report = verify(
+        tiny_integer_engine,
+        tiny_checkpoint,
+        open_set(tiny_set).part("heldout"),
+        float_engine=tiny_float_engine,
+    )
+    assert report.passed and report.integer_sites > 0
+    assert report.parity.max_abs < 1e-4
+    assert report.kernel.max_abs < 1e-3
+    assert report.quantization.nrmse > 10 * report.kernel.max_abs
+    assert (
+        len(report.quantization.velocity_teacher_forced)
+        == len(report.quantization.velocity_free_running)
+        == 10
+    )
+    assert 1 - report.integer_bytes / report.half_bytes >= 0.7
+
+
+def test_a_wrong_kernel_is_noticed(
+    tiny_quantized: Path,
+    tiny_float_engine: Path,
+    tiny_checkpoint: Path,
+    tiny_set: Path,
+    tmp_path: Path,
+) -> None:
+    """A bias added to one output, as a defect in a kernel or a rewrite would, must fail verification."""
+    engine = tmp_path / "engine"
+    export_engine(tiny_quantized, "cpu", engine)
+    path = engine / "denoise.onnx"
+    model = onnx.load(path)
+    bias = next(t for t in model.graph.initializer if t.name.endswith("action_out_proj.bias"))
+    bias.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.05), bias.name)
+    )
+    onnx.save(model, path)
+    manifest = read_manifest(engine)
+    (engine / "denoise.onnx.data").unlink(missing_ok=True)
+    files = {
+        name: sha256_file(engine / name) for name in manifest.files if (engine / name).is_file()
+    }
+    import msgspec
+
+    (engine / "manifest.json").write_bytes(
+        encode_manifest(msgspec.structs.replace(manifest, files=files))
+    )
+    report = verify(
+        engine, tiny_checkpoint, open_set(tiny_set).part("heldout"), float_engine=tiny_float_engine
+    )
+    assert not report.passed and report.kernel.max_abs > 1e-2
+
+
+def test_another_checkpoint_is_refused(
+    tiny_float_engine: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    other = write_random_checkpoint(tmp_path / "other", seed=5)
+    with pytest.raises(QuantVLAError, match="was made from another checkpoint"):
+        verify(tiny_float_engine, other, open_set(tiny_set).part("heldout"))
+
+
+def test_the_command_prints_the_agreed_json_and_exits_by_result(
+    tiny_float_engine: Path, tiny_checkpoint: Path, tiny_set: Path
+) -> None:
+    arguments = [
+        str(tiny_float_engine),
+        "--policy.path",
+        str(tiny_checkpoint),
+        "--calib",
+        str(tiny_set),
+        "--json",
+    ]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["pass"] is True
+    assert found["parity"].keys() == found["kernel"].keys() == {"max_abs"}
+    assert {"cosine_mean", "cosine_p5", "cosine_min", "nrmse"} <= found["quantization"].keys()
+    failed = CliRunner().invoke(command, [*arguments, "--parity-threshold", "0"])
+    assert failed.exit_code == 1 and json.loads(failed.stdout)["pass"] is False
+
+
+def test_thresholds_have_the_issue_values() -> None:
+    assert Thresholds() == Thresholds(parity=1e-4, kernel=1e-3, cosine_mean=0.98)
