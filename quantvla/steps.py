@@ -76,9 +76,9 @@ class StepRunner:
         self._console.print(f"{position} {step.title}", markup=False, style="bold")
         self._console.print(f"  $ {step.command}", markup=False, style="dim", soft_wrap=True)
         record = self._records.get(step.name)
-        if record and record.key == key and record.output_sha256 == _hash(step.output):
-            assert record.output_sha256 is not None
-            done = FinishedStep(step, record.duration_s, True, record.output_sha256)
+        found = _hash(step.output)
+        if record and record.key == key and found and record.output_sha256 == found:
+            done = FinishedStep(step, record.duration_s, True, found)
             self._console.print("  inputs unchanged, reused")
         else:
             _remove(step.output)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantvla.report.structure import Report
 
 FAILED = 1
+TITLE = "SmolVLA on Meta-World: float policy, float engine, W4A8 engine"
 CLONE = Path(quantvla.__file__).parent.parent
 TITLES = {
     "float_policy": "Float policy (PyTorch)",
@@ -76,7 +77,7 @@ def run_demo(plan: DemoPlan) -> bool:
     run = Demo(plan)
     report, film, passed = _run_steps(run)
     page = write_report(report, plan.directory, film=film)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     console.print(summary_table(report))
     for note in report.notes:
         console.print(note, markup=False)
@@ -85,6 +86,8 @@ def run_demo(plan: DemoPlan) -> bool:
 
 
 def _run_steps(run: Demo) -> tuple[Report, Path, bool]:
+    from quantvla.report.assemble import Results, assemble_report
+
     quantized = run.quantize()
     engines = [
         run.export("float", run.plan.checkpoint, run.source).output_sha256,
@@ -97,21 +100,17 @@ def _run_steps(run: Demo) -> tuple[Report, Path, bool]:
     film = run.film(engines)
     passed = all(report.passed for report in verified.values())
 
-    from quantvla.report import assemble
-
-    report = assemble.report(
-        title="SmolVLA on Meta-World: float policy, float engine, W4A8 engine",
-        titles=TITLES,
+    results = Results(
         checkpoint=run.plan.checkpoint,
-        engines=run.engines,
         quantized=run.quantized,
+        engines=run.engines,
         verified=verified,
         benches=benches,
         evaluation=evaluation,
         examples=examples,
-        steps=run.steps.finished,
+        steps=tuple(run.steps.finished),
     )
-    return report, film, passed
+    return assemble_report(TITLE, TITLES, results), film, passed
 
 
 def _bundled(path: Path) -> Path:

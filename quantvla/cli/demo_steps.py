@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -12,23 +12,23 @@ from quantvla.calib_sets import CalibrationSet, limit, open_set
 from quantvla.cli.progress import progress_bar
 from quantvla.evaluate.arms import Arm, identify_arm
 from quantvla.evaluate.closed_loop import JOURNAL_FILE, EvaluationPlan, available_cores, evaluate
-from quantvla.evaluate.environment import ALL_TASKS
+from quantvla.evaluate.environment import ALL_TASKS, MetaWorld, Simulator
 from quantvla.evaluate.policy_bench import PolicyBenchReport, bench_policy
 from quantvla.evaluate.results import Evaluation
 from quantvla.evaluate.rollouts import record_rollouts
 from quantvla.export.engine import export_engine
 from quantvla.quantize import quantize
 from quantvla.recipe import read_recipe
-from quantvla.report.assemble import Benches
 from quantvla.report.examples import chunk_examples
 from quantvla.report.film import write_film
+from quantvla.report.measured import Benches
 from quantvla.report.structure import ChunkExample
 from quantvla.runtime.bench import BenchReport, bench
 from quantvla.runtime.files import sha256_tree, write_atomic
 from quantvla.steps import FinishedStep, Step, StepRunner
 from quantvla.verify import VerifyReport, verify
 
-STEPS = 10
+STEPS = 9
 RECIPE = "w4a8"
 TARGET = "cpu"
 FILM_TASKS = ("pick-place-v3", "drawer-open-v3", "door-open-v3", "button-press-topdown-v3")
@@ -48,6 +48,11 @@ class DemoPlan:
     episodes: int = 10
     processes: int | None = None
     seed: int = 0
+    tasks: tuple[str, ...] = (ALL_TASKS,)
+    film_tasks: tuple[str, ...] = FILM_TASKS
+    bench_rounds: int = BENCH_ROUNDS
+    bench_repeats: int = BENCH_REPEATS
+    simulator: Simulator = field(default_factory=MetaWorld)
 
 
 class Demo:
@@ -152,9 +157,14 @@ class Demo:
             title="measure latency and memory of all arms, in turns",
             command="; ".join(f"quantvla bench {path} --json" for path in self.engines.values())
             + f"; python -m quantvla.evaluate.policy_bench {self.plan.checkpoint} "
-            f"{BENCH_REPEATS} {BENCH_WARMUP} {available_cores()}",
+            f"{self.plan.bench_repeats} {BENCH_WARMUP} {available_cores()}",
             output=output,
-            inputs=(self.source, *digests, str(BENCH_ROUNDS), str(BENCH_REPEATS)),
+            inputs=(
+                self.source,
+                *digests,
+                str(self.plan.bench_rounds),
+                str(self.plan.bench_repeats),
+            ),
         )
         self.steps.run(step, lambda: write_json(output, self._bench()))
         return msgspec.json.decode(output.read_bytes(), type=Benches)
@@ -163,14 +173,18 @@ class Demo:
         policies: list[PolicyBenchReport] = []
         engines: dict[str, list[BenchReport]] = {name: [] for name in self.engines}
         with progress_bar() as progress:
-            for index in range(BENCH_ROUNDS):
-                progress("measuring", index, BENCH_ROUNDS)
+            for index in range(self.plan.bench_rounds):
+                progress("measuring", index, self.plan.bench_rounds)
                 for name, path in self.engines.items():
-                    engines[name].append(bench(path, repeats=BENCH_REPEATS, warmup=BENCH_WARMUP))
+                    engines[name].append(
+                        bench(path, repeats=self.plan.bench_repeats, warmup=BENCH_WARMUP)
+                    )
                 policies.append(
-                    bench_policy(self.plan.checkpoint, repeats=BENCH_REPEATS, warmup=BENCH_WARMUP)
+                    bench_policy(
+                        self.plan.checkpoint, repeats=self.plan.bench_repeats, warmup=BENCH_WARMUP
+                    )
                 )
-            progress("measuring", BENCH_ROUNDS, BENCH_ROUNDS)
+            progress("measuring", self.plan.bench_rounds, self.plan.bench_rounds)
         return Benches(
             policy=tuple(policies),
             engines={name: tuple(rounds) for name, rounds in engines.items()},
@@ -189,7 +203,7 @@ class Demo:
             command=f"quantvla eval {arms} --episodes {plan.episodes} --seed {plan.seed} "
             f"-o {directory}",
             output=output,
-            inputs=(*work_inputs, str(plan.episodes)),
+            inputs=(*work_inputs, str(plan.episodes), *plan.tasks),
             work=(directory / JOURNAL_FILE,),
             work_inputs=work_inputs,
         )
@@ -197,9 +211,10 @@ class Demo:
         def make() -> None:
             result = evaluate(
                 self.arms(),
-                EvaluationPlan((ALL_TASKS,), plan.episodes, plan.seed),
+                EvaluationPlan(plan.tasks, plan.episodes, plan.seed),
                 processes=plan.processes,
                 journal=directory / JOURNAL_FILE,
+                simulator=plan.simulator,
             )
             write_json(output, result)
 
@@ -213,7 +228,7 @@ class Demo:
         step = Step(
             name="chunks",
             title=f"action chunks of {EXAMPLES} held-out observations",
-            command="(Policy.predict_action_chunk, see the README)",
+            command="Policy.from_pretrained(ENGINE).predict_action_chunk(obs, noise=noise)",
             output=output,
             inputs=(self.source, self.heldout.checksum, *digests),
         )
@@ -230,21 +245,24 @@ class Demo:
     def film(self, digests: Sequence[str]) -> Path:
         """Film the float policy and the W4A8 engine side by side."""
         output = self.plan.directory / "film.gif"
+        tasks = self.plan.film_tasks
         arms = [arm for arm in self.arms() if arm.name != "float"]
         named = " ".join(f"{arm.name}={arm.path}" for arm in arms)
         step = Step(
             name="film",
             title="film of the float policy and the W4A8 engine",
-            command=f"quantvla eval {named} --tasks {','.join(FILM_TASKS)} --film -o DIRECTORY",
+            command=f"quantvla eval {named} --tasks {','.join(tasks)} --film -o DIRECTORY",
             output=output,
-            inputs=(self.source, *digests, str(self.plan.seed), *FILM_TASKS),
+            inputs=(self.source, *digests, str(self.plan.seed), *tasks),
         )
 
         def make() -> None:
             with progress_bar() as progress:
                 rollouts = []
-                total = len(FILM_TASKS) * len(arms)
-                for rollout in record_rollouts(arms, FILM_TASKS, seed=self.plan.seed):
+                total = len(tasks) * len(arms)
+                for rollout in record_rollouts(
+                    arms, tasks, seed=self.plan.seed, simulator=self.plan.simulator
+                ):
                     rollouts.append(rollout)
                     progress("filming", len(rollouts), total)
             write_film(rollouts, output)

@@ -33,7 +33,7 @@ def record_rollouts(
     *,
     seed: int = 0,
     episode: int = 0,
-    every: int = 4,
+    every: int = 5,
     image_size: int = 240,
     simulator: Simulator | None = None,
     load: Callable[[Arm], ChunkPolicy] = load_policy,

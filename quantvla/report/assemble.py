@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Protocol
 
-import msgspec
 from safetensors import safe_open
 
 from quantvla.checkpoint import CheckpointCard, read_card
-from quantvla.evaluate.closed_loop import available_cores
 from quantvla.evaluate.policy_bench import PolicyBenchReport
 from quantvla.evaluate.results import Evaluation, PairResult
 from quantvla.plan import Plan
+from quantvla.report.measured import (
+    Benches,
+    chunk_latency,
+    engine_stage_latencies,
+    largest,
+    machine_report,
+    stage_latencies,
+)
 from quantvla.report.structure import (
     ActionError,
     ArmReport,
     ChunkExample,
-    Latency,
-    MachineReport,
     Memory,
     Report,
     SiteError,
     StepReport,
 )
-from quantvla.runtime.bench import BenchReport, Percentiles
+from quantvla.runtime.bench import BenchReport
 from quantvla.steps import FinishedStep
 from quantvla.verify import VerifyReport
 from quantvla.versions import compiler_versions
@@ -37,51 +38,31 @@ _HALF_BYTES, _SINGLE_BYTES = 2, 4
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-class Benches(msgspec.Struct, frozen=True, kw_only=True):
-    """Measurements of all arms in turns: one entry per round."""
+@dataclass(frozen=True)
+class Results:
+    """What the steps of a run left; ``quantized`` is the quantized checkpoint, the mappings are by engine name."""
 
-    policy: tuple[PolicyBenchReport, ...]
-    engines: dict[str, tuple[BenchReport, ...]]
-
-
-class _Measured(Protocol):
-    @property
-    def chunk_ms(self) -> Percentiles: ...
-    @property
-    def stages(self) -> dict[str, Percentiles]: ...
-    @property
-    def denoise_steps(self) -> int: ...
-    @property
-    def resident_mb(self) -> float | None: ...
-    @property
-    def peak_rss_mb(self) -> float | None: ...
+    checkpoint: Path
+    quantized: Path
+    engines: Mapping[str, Path]
+    verified: Mapping[str, VerifyReport]
+    benches: Benches
+    evaluation: Evaluation
+    examples: tuple[ChunkExample, ...]
+    steps: tuple[FinishedStep, ...]
 
 
-def report(
-    *,
-    title: str,
-    titles: Mapping[str, str],
-    checkpoint: Path,
-    engines: Mapping[str, Path],
-    quantized: Path,
-    verified: Mapping[str, VerifyReport],
-    benches: Benches,
-    evaluation: Evaluation,
-    examples: tuple[ChunkExample, ...],
-    steps: Sequence[FinishedStep],
-) -> Report:
-    """Return the report of a float policy (the first of ``titles``) and its engines.
-
-    ``quantized`` is the quantized checkpoint; the mappings are by arm name.
-    """
-    card = read_card(quantized)
+def assemble_report(title: str, titles: Mapping[str, str], results: Results) -> Report:
+    """Return the report of a float policy (the first of ``titles``, arm name to title) and its engines."""
+    card = read_card(results.quantized)
+    evaluation, benches = results.evaluation, results.benches
     reference = next(iter(titles))
     policy = policy_arm(
         reference,
         titles[reference],
         evaluation=evaluation,
         rounds=benches.policy,
-        checkpoint=checkpoint,
+        checkpoint=results.checkpoint,
         plan=card.plan,
     )
     arms = [
@@ -90,11 +71,11 @@ def report(
             titles[name],
             evaluation=evaluation,
             rounds=benches.engines[name],
-            verified=verified[name],
+            verified=results.verified[name],
             engine=path,
             plan=card.plan,
         )
-        for name, path in engines.items()
+        for name, path in results.engines.items()
     ]
     threads = {bench.threads for rounds in benches.engines.values() for bench in rounds}
     return Report(
@@ -105,9 +86,9 @@ def report(
         episodes_per_task=evaluation.episodes_per_task,
         seed=evaluation.seed,
         sites=site_errors(card),
-        examples=examples,
-        steps=tuple(map(step_report, steps)),
-        notes=notes(evaluation, verified, titles),
+        examples=results.examples,
+        steps=tuple(map(step_report, results.steps)),
+        notes=notes(evaluation, results.verified, titles),
         machine=machine_report(max(threads)),
         versions=compiler_versions() | evaluation.versions,
     )
@@ -141,15 +122,15 @@ def policy_arm(
         quantized_parts=stored_weight_bytes(checkpoint, sites),
         quantized_parts_float16=_weights(plan) * _HALF_BYTES,
         files=directory_bytes(checkpoint),
-        resident_mb=_largest(bench.resident_mb for bench in rounds),
-        peak_rss_mb=_largest(bench.peak_rss_mb for bench in rounds),
+        resident_mb=largest(bench.resident_mb for bench in rounds),
+        peak_rss_mb=largest(bench.peak_rss_mb for bench in rounds),
     )
     return ArmReport(
         name=name,
         title=title,
         success=evaluation.arms[name],
-        chunk_ms=_chunk(rounds),
-        stages_ms=_stages(rounds),
+        chunk_ms=chunk_latency(rounds),
+        stages_ms=stage_latencies(rounds),
         memory=memory,
     )
 
@@ -171,8 +152,8 @@ def engine_arm(
         quantized_parts=parts,
         quantized_parts_float16=_weights(plan) * _HALF_BYTES,
         files=directory_bytes(engine),
-        resident_mb=_largest(bench.resident_mb for bench in rounds),
-        peak_rss_mb=_largest(bench.peak_rss_mb for bench in rounds),
+        resident_mb=largest(bench.resident_mb for bench in rounds),
+        peak_rss_mb=largest(bench.peak_rss_mb for bench in rounds),
     )
     error = verified.quantization
     return ArmReport(
@@ -187,8 +168,8 @@ def engine_arm(
             export_max_abs=(verified.kernel if integer else verified.parity).max_abs,
             observations=verified.frames,
         ),
-        chunk_ms=_chunk(rounds),
-        stages_ms=_stages(rounds),
+        chunk_ms=chunk_latency(rounds),
+        stages_ms=engine_stage_latencies(rounds),
         memory=memory,
     )
 
@@ -232,17 +213,6 @@ def step_report(done: FinishedStep) -> StepReport:
     )
 
 
-def machine_report(threads: int) -> MachineReport:
-    """Return what this machine is."""
-    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return MachineReport(
-        processor=_processor(),
-        cores=available_cores(),
-        memory_gib=pages * page / 2**30,
-        threads=threads,
-    )
-
-
 def stored_weight_bytes(checkpoint: Path, sites: Sequence[str]) -> int:
     """Return the bytes that the sites' weights take in a LeRobot checkpoint."""
     total = 0
@@ -261,36 +231,3 @@ def directory_bytes(directory: Path) -> int:
 
 def _weights(plan: Plan) -> int:
     return sum(entry.out_features * entry.in_features for entry in plan.quantized)
-
-
-def _chunk(rounds: Sequence[_Measured]) -> Latency:
-    """Return the median over the rounds of each round's percentiles."""
-    return Latency(
-        p50=median(bench.chunk_ms.p50 for bench in rounds),
-        p99=median(bench.chunk_ms.p99 for bench in rounds),
-    )
-
-
-def _stages(rounds: Sequence[_Measured]) -> dict[str, Latency]:
-    *_, repeated = rounds[0].stages
-    return {
-        stage: Latency(
-            p50=median(bench.stages[stage].p50 for bench in rounds),
-            p99=median(bench.stages[stage].p99 for bench in rounds),
-            repeat=rounds[0].denoise_steps if stage == repeated else 1,
-        )
-        for stage in rounds[0].stages
-    }
-
-
-def _largest(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

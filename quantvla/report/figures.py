@@ -126,7 +126,7 @@ def site_error_figure(report: Report) -> Figure:
     widths = [grid.values.shape[1] for grid in grids]
     figure = Figure(figsize=(9, 0.36 * len(kinds) + 1.2), layout="constrained")
     panels = figure.subplots(1, len(stages), squeeze=False, width_ratios=widths, sharey=True)[0]
-    errors = [max(site.relative_error, 1e-6) for site in report.sites]
+    errors = [_percent(site) for site in report.sites]
     norm = LogNorm(min(errors), max(max(errors), 1.01 * min(errors)))
     for axes, stage, grid in zip(panels, stages, grids, strict=True):
         image = axes.imshow(grid.values, norm=norm, cmap="viridis", aspect="auto")
@@ -137,7 +137,9 @@ def site_error_figure(report: Report) -> Figure:
         if grid.values.size <= 120:
             _write_cells(axes, grid.values, norm)
     colourbar = figure.colorbar(image, ax=list(panels), fraction=0.04)
-    colourbar.set_label("relative output error (cells: %)")
+    colourbar.ax.yaxis.set_major_formatter("{x:g}")
+    colourbar.ax.yaxis.set_minor_formatter("{x:g}")
+    colourbar.set_label("relative output error, %")
     return figure
 
 
@@ -189,7 +191,7 @@ _RECIPES = (
         "sites",
         "Quantization error by linear",
         "RMS of each quantized linear's output error over the RMS of its float output, over the "
-        "calibration set. Empty cells stay in float.",
+        "calibration set. Empty cells stay in float, or are dropped because nothing reads them.",
         lambda report: bool(report.sites),
         site_error_figure,
     ),
@@ -215,8 +217,12 @@ def _grid(sites: Sequence[SiteError], kinds: Sequence[str]) -> _Grid:
     values = np.full((len(kinds), len(layers)), np.nan)
     for site in sites:
         cell = kinds.index(site.kind), layers.index(site.layer)
-        values[cell] = max(site.relative_error, 1e-6)
+        values[cell] = _percent(site)
     return _Grid(layers, values)
+
+
+def _percent(site: SiteError) -> float:
+    return 100 * max(site.relative_error, 1e-6)
 
 
 def _layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
@@ -230,7 +236,7 @@ def _write_cells(axes: Axes, values: Any, norm: LogNorm) -> None:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             colour = "black" if float(norm(value)) > 0.6 else "white"
-            label = f"{100 * value:.2g}"
+            label = f"{value:.2g}"
             axes.text(column, row, label, ha="center", va="center", fontsize=7, color=colour)
 
 
@@ -241,7 +247,7 @@ def _result(arm: ArmReport, task: str) -> ArmResult | TaskResult:
 
 def _stage_total(arm: ArmReport, stage: str) -> float:
     latency = arm.stages_ms.get(stage)
-    return 0.0 if latency is None else latency.p50 * latency.repeat
+    return 0.0 if latency is None else latency.per_chunk_ms
 
 
 def _colours(report: Report, arms: Sequence[ArmReport]) -> list[str]:

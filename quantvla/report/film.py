@@ -15,7 +15,7 @@ from quantvla.runtime.files import write_atomic
 MAX_BYTES = 3_000_000
 _PANEL_SIZES = (200, 168, 144, 120, 96)
 _BLOCKS_PER_ROW = 2
-_COLOURS = 96
+_COLOURS = 64
 _FRAME_MS = 90
 _LAST_FRAME_MS = 1500
 _GAP = 6

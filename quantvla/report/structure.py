@@ -27,11 +27,21 @@ class ActionError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of one call: median and 99th percentile. A chunk calls the stage ``repeat`` times."""
+    """Milliseconds of one call: median and 99th percentile.
+
+    A chunk calls the stage ``repeat`` times; ``chunk_p50`` is the median of these calls' sum,
+    null where only single calls were timed.
+    """
 
     p50: float
     p99: float
     repeat: int = 1
+    chunk_p50: float | None = None
+
+    @property
+    def per_chunk_ms(self) -> float:
+        """The stage's share of a chunk."""
+        return self.p50 * self.repeat if self.chunk_p50 is None else self.chunk_p50
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):

@@ -103,8 +103,7 @@ def _cosine(arm: ArmReport) -> str:
 
 def _stage_title(report: Report, stage: str) -> str:
     repeat = max(a.stages_ms[stage].repeat for a in report.arms if stage in a.stages_ms)
-    calls = f", of {repeat} calls" if repeat > 1 else ""
-    return f"    {stage}, one call{calls}"
+    return f"    {stage}, each of {repeat} calls" if repeat > 1 else f"    {stage}"
 
 
 def _stage_cell(stage: str) -> Callable[[ArmReport], str]:

@@ -38,6 +38,8 @@ class FakeEnvironment:
 
     task: str
     image_size: int = 8
+    cameras: tuple[str, ...] = (CAMERA,)
+    state_dim: int = 2
     position: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     goal: npt.NDArray[np.float64] = field(default_factory=lambda: np.ones(2))
     steps: int = 0
@@ -61,11 +63,14 @@ class FakeEnvironment:
         self.renders += 1
         image = np.full((self.image_size, self.image_size, 3), 40 + 10 * self.steps, np.uint8)
         offset = (self.goal - self.position).astype(np.float32)
-        return {CAMERA: image, "observation.state": offset, "task": self.task, "unused": 0}
+        state = np.zeros(self.state_dim, np.float32)
+        state[:2] = offset
+        cameras = dict.fromkeys(self.cameras, image)
+        return {**cameras, "observation.state": state, "task": self.task, "unused": 0}
 
     def step(self, action: npt.NDArray[np.float32]) -> FakeStep:
         assert not self.done
-        self.position = self.position + action
+        self.position = self.position + action[:2]
         self.steps += 1
         return FakeStep(reward=-1.0, success=self._near)
 
@@ -86,7 +91,7 @@ class FakeSimulator:
         """Always installed."""
 
     def open(self, task: str, *, image_size: int | None = None) -> FakeEnvironment:
-        return FakeEnvironment(task, image_size or 8)
+        return FakeEnvironment(task, image_size or 8, self.cameras, self.state_dim)
 
 
 @dataclass
@@ -108,7 +113,7 @@ class NoisyPolicy:
         if self.log is not None:
             with self.log.open("a") as stream:
                 stream.write(f"{observation['task']} {noise.ravel()[:3].tolist()}\n")
-        step = observation["observation.state"] / 4
+        step = observation["observation.state"][:2] / 4
         return (step + self.scale * noise[0, :, :2]).astype(np.float32)
 
 

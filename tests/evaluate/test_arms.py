@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from quantvla.evaluate.arms import identify_arm
+from quantvla.evaluate.arms import identify_arm, load_policy
 from quantvla.runtime.errors import QuantVLAError
 
 CONFIG = {
@@ -77,3 +79,31 @@ def test_a_quantized_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "quantized.json").write_text("{}")
     with pytest.raises(QuantVLAError, match="quantized checkpoint cannot be run; export it first"):
         identify_arm("a", tmp_path)
+
+
+def test_a_checkpoint_and_its_engine_have_one_contract(
+    tiny_checkpoint: Path, tiny_float_engine: Path
+) -> None:
+    """What JSON says about both is what their policies do: chunks of that shape, equal for equal noise."""
+    policy, engine = identify_arm("p", tiny_checkpoint), identify_arm("e", tiny_float_engine)
+    assert policy.contract == engine.contract
+    contract = policy.contract
+    rng = np.random.default_rng(0)
+    observation = {
+        **{key: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for key in contract.cameras},
+        contract.state_key: rng.standard_normal(contract.state_dim).astype(np.float32),
+        contract.task_key: "open the door",
+    }
+    noise = rng.standard_normal(contract.noise_shape, dtype=np.float32)
+    chunks = [
+        load_policy(a).predict_action_chunk(observation, noise=noise) for a in (policy, engine)
+    ]
+    assert chunks[0].shape == (contract.horizon, contract.action_dim)
+    np.testing.assert_allclose(chunks[0], chunks[1], atol=1e-4)
+
+
+def test_a_checkpoint_without_lerobot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = identify_arm("float", checkpoint(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(QuantVLAError, match=r"needs lerobot, which is not installed; run `pip"):
+        load_policy(arm)

@@ -71,7 +71,7 @@ def test_summary_cells() -> None:
     assert rows["Success in closed loop"][0] == "94/120  78 % [70-85]"
     assert rows["Difference to the reference"][0] == "-"
     assert rows["Quantized parts, scales counted"][2] == "1.09 MB (-72.1 % vs FP16)"
-    assert rows["denoise, one call, of 10 calls"][2] == "1.20 / 1.44 ms"
+    assert rows["denoise, each of 10 calls"][2] == "1.20 / 1.44 ms"
     assert rows["Resident / peak memory"][0] == "610 / 732 MB"
 
 
