@@ -19,9 +19,9 @@ COMMANDS = {
     "inspect": "inspect:inspect",
     "verify": "verify:verify",
     "bench": "bench:bench",
-    "eval": "eval:evaluate",
+    "eval": "eval:eval_command",
     "calib": "calib:calib",
-    "demo": "demo:demo",
+    "demo": "demo:demo_command",
 }
 _COMPILER_MODULES = {
     "torch",
