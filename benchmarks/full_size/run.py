@@ -31,7 +31,7 @@ from quantvla.testing.smolvla import FULL_SIZE, SmolVLASize, write_random_checkp
 from quantvla.versions import compiler_versions
 
 SIZES = {"full": FULL_SIZE, "tiny": SmolVLASize()}
-EPISODES, HELDOUT_FRAMES = 4, 4
+CALIBRATION_EPISODES, HELDOUT_FRAMES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Cost:
 
 
 def write_set(directory: Path, size: SmolVLASize, frames: int) -> None:
-    """Write ``frames`` random observations, in a few episodes, as NPZ files."""
+    """Write ``frames`` random observations in three episodes, and a held-out fourth, as NPZ files."""
     directory.mkdir(parents=True)
     rng = np.random.default_rng(0)
     shape = (size.camera_height, size.camera_width, 3)
-    for index in range(frames):
+    for index in range(frames + HELDOUT_FRAMES):
         np.savez(
             directory / f"{index:04d}.npz",
             **{key: rng.integers(0, 256, shape, dtype=np.uint8) for key in size.cameras},
             **{"observation.state": rng.standard_normal(size.state_dim).astype(np.float32)},
             task="push the red block",
-            episode=index * EPISODES // frames,
+            episode=index * CALIBRATION_EPISODES // frames,
             frame=index,
         )
 
@@ -129,9 +129,7 @@ def main() -> None:
     if not (options.work / "policy" / "model.safetensors").is_file():
         write_random_checkpoint(options.work / "policy", size)
     if not (options.work / "set").is_dir():
-        write_set(
-            options.work / "set", size, options.frames * EPISODES // (EPISODES - 1) + HELDOUT_FRAMES
-        )
+        write_set(options.work / "set", size, options.frames)
     costs = compile_engines(options.work, options.frames)
     result = {
         "size": options.size,
