@@ -19,9 +19,9 @@ COMMANDS = {
     "inspect": "inspect:inspect",
     "verify": "verify:verify",
     "bench": "bench:bench",
-    "eval": "eval:eval_command",
+    "eval": "eval:evaluate",
     "calib": "calib:calib",
-    "demo": "demo:demo_command",
+    "demo": "demo:demo",
 }
 _COMPILER_MODULES = {
     "torch",
