@@ -14,8 +14,6 @@ from quantvla.evaluate.metaworld import CAMERAS
 IMAGE_SIZE = 128
 HELD_OUT = 4
 """The last episodes of each task are never trained on."""
-SHIFT = 4
-"""Random shift of the pictures, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +78,20 @@ def load_shard(task: str, frames: Path) -> Shard:
 
 
 class Sampler:
-    """Draws batches: a task by weight, a training step of it uniformly, pictures shifted by up to SHIFT pixels."""
+    """Draws batches: a task by weight, a training step of it uniformly, pictures shifted by up to ``shift`` pixels."""
 
     def __init__(
         self,
         shards: Sequence[Shard],
         weights: Mapping[str, float],
         chunk: int,
+        shift: int,
         rng: np.random.Generator,
     ) -> None:
-        """weights: relative frequency of each task; chunk: number of future actions."""
+        """weights: relative frequency of each task; chunk: number of future actions; shift: in pixels."""
         self.shards = shards
         self.chunk = chunk
+        self.shift = shift
         self.rng = rng
         weight = np.array([weights[shard.task] for shard in shards])
         self._probability = weight / weight.sum()
@@ -122,8 +122,12 @@ class Sampler:
 
     def _shifted(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Shift each camera's picture independently, repeating the border: (cameras, H, W, 3) -> the same."""
-        padded = np.pad(images, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
-        offsets = self.rng.integers(0, 2 * SHIFT + 1, size=(len(images), 2))
+        padded = np.pad(
+            images,
+            ((0, 0), (self.shift, self.shift), (self.shift, self.shift), (0, 0)),
+            mode="edge",
+        )
+        offsets = self.rng.integers(0, 2 * self.shift + 1, size=(len(images), 2))
         return np.stack(
             [
                 p[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]

@@ -30,7 +30,7 @@ from learner import Collator, Learner
 from make_dataset import BUILD
 from torch import Tensor, nn
 
-from quantvla.evaluate.metaworld import TASKS
+from quantvla.evaluate.metaworld import TASKS, find_task
 
 DRAWS = 4
 TASK_WEIGHT = {
@@ -61,6 +61,8 @@ class Options:
     save_every_s: float
     workers: int
     bf16: bool
+    shift: int
+    weight: tuple[tuple[str, float], ...]
 
 
 class Run:
@@ -193,7 +195,8 @@ def worker(rank: int, options: Options) -> None:
     run.resume(options.out / "state.pt")
     torch.manual_seed(1_000_000 * rank + run.step)
     rng = np.random.default_rng((rank, run.step))
-    sampler = Sampler(shards, TASK_WEIGHT, learner.policy.config.chunk_size, rng)
+    weights = {**TASK_WEIGHT, **dict(options.weight)}
+    sampler = Sampler(shards, weights, learner.policy.config.chunk_size, options.shift, rng)
     batches = prefetch(
         sampler, Collator(learner.policy, stats, shards), options.batch_size // options.workers
     )
@@ -223,6 +226,12 @@ def worker(rank: int, options: Options) -> None:
     log(rank, "finished")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def task_weight(text: str) -> tuple[str, float]:
+    """Parse ``push-v3=2`` into a task name and how often it is drawn relative to the others."""
+    name, _, value = text.partition("=")
+    return find_task(name).name, float(value)
 
 
 def log(rank: int, line: str) -> None:
@@ -255,7 +264,12 @@ def main() -> None:
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast"
     )
-    options = Options(**vars(parser.parse_args()))
+    parser.add_argument("--shift", type=int, default=4, help="random shift of pictures, pixels")
+    parser.add_argument(
+        "--weight", type=task_weight, action="extend", nargs="+", default=[], metavar="TASK=W"
+    )
+    arguments = vars(parser.parse_args())
+    options = Options(**{**arguments, "weight": tuple(arguments["weight"])})
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(worker, args=(options,), nprocs=options.workers)
