@@ -133,7 +133,8 @@ def _open_dataset(directory: Path) -> Any:
         with _offline():
             meta = LeRobotDatasetMetadata(repo_id, root=directory)
             _check_data_files(directory, meta)
-            return LeRobotDataset(repo_id, root=directory, return_uint8=True)
+            # One decoder everywhere: the same video gives the same pixels on every machine.
+            return LeRobotDataset(repo_id, root=directory, return_uint8=True, video_backend="pyav")
     except QuantVLAError:
         raise
     except Exception as error:  # pyarrow, datasets and the hub client each have their own
