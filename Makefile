@@ -8,7 +8,7 @@ demo: setup
 	.venv/bin/quantvla demo
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	.venv/bin/ruff check .

@@ -12,17 +12,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 
 import numpy as np
 import pytest
-
-Observation = dict[str, Any]
-
-
-def random_observation(size: Any, seed: int, task: str = "push the red block") -> Observation:
-    """Return an observation of a policy of ``size`` with random pixels and state."""
-    rng = np.random.default_rng(seed)
-    shape = (size.camera_height, size.camera_width, 3)
-    images = {key: rng.integers(0, 256, shape, dtype=np.uint8) for key in size.cameras}
-    state = rng.standard_normal(size.state_dim).astype(np.float32)
-    return {**images, "observation.state": state, "task": task}
+from random_observations import random_observation
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,11 @@ def write_vlm(directory: Path, size: SmolVLASize, texts: list[str]) -> None:
         "image_size": size.image_size, "patch_size": size.patch_size,
     }  # fmt: skip
     config = SmolVLMConfig(
-        text_config=text, vision_config=vision, scale_factor=size.pixel_shuffle, image_token_id=5, pad_token_id=2
+        text_config=text,
+        vision_config=vision,
+        scale_factor=size.pixel_shuffle,
+        image_token_id=5,
+        pad_token_id=2,
     )
     config.architectures = ["SmolVLMForConditionalGeneration"]
     config.save_pretrained(directory)
@@ -135,7 +139,10 @@ def random_statistics(size: SmolVLASize, seed: int) -> dict[str, dict[str, Tenso
     generator = torch.Generator().manual_seed(seed)
     dims = {"observation.state": size.state_dim, "action": size.action_dim}
     return {
-        key: {"mean": torch.randn(dim, generator=generator), "std": torch.rand(dim, generator=generator) + 0.5}
+        key: {
+            "mean": torch.randn(dim, generator=generator),
+            "std": torch.rand(dim, generator=generator) + 0.5,
+        }
         for key, dim in dims.items()
     }
 
@@ -157,7 +164,11 @@ def save_checkpoint(
 
 
 def write_random_checkpoint(
-    directory: Path, size: SmolVLASize = SmolVLASize(), *, seed: int = 0, texts: tuple[str, ...] = ("push the red block", "open the door")  # noqa: B008
+    directory: Path,
+    size: SmolVLASize = SmolVLASize(),
+    *,
+    seed: int = 0,
+    texts: tuple[str, ...] = ("push the red block", "open the door"),
 ) -> Path:
     """Write a complete LeRobot checkpoint with random weights and return its directory.
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import random_observation
+from random_observations import random_observation
 
 from quantvla.checkpoint import load_quantized
 from quantvla.export.engine import export_engine

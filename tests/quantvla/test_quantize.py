@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_observation
+from random_observations import random_observation
 from safetensors.torch import load_file, save_file
 
 from quantvla.calib_sets import CalibrationSet, open_set

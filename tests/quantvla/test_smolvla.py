@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_observation
+from random_observations import random_observation
 from safetensors.torch import load_file, save_file
 
 from quantvla import staged
