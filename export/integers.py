@@ -42,9 +42,15 @@ def integer_sites(directory: Path, manifest: Manifest) -> Iterator[IntegerSite]:
                     yield found
 
 
+def site_name(node: ir.Node) -> str:
+    """Return the site an integer kernel stands for, from the name of its weight."""
+    weight = node.inputs[1]
+    name = (weight.name if weight is not None else None) or ""
+    return name.removeprefix("policy.").removesuffix(".qweight")
+
+
 def _read(node: ir.Node, stage: str) -> IntegerSite:
     codes, scales = _constant(node, 1), _constant(node, 2)
-    name = codes.name or ""
     packed = torch.from_numpy(np.array(codes.numpy()))
     half = torch.from_numpy(np.array(scales.numpy()))
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
@@ -55,7 +61,7 @@ def _read(node: ir.Node, stage: str) -> IntegerSite:
         block=block,
     )
     return IntegerSite(
-        site=name.removeprefix("policy.").removesuffix(".qweight"),
+        site=site_name(node),
         stage=stage, weight=weight, stored_bytes=codes.nbytes + scales.nbytes,
     )  # fmt: skip
 

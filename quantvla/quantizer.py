@@ -98,8 +98,11 @@ def quantize_activation(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """
     tokens, columns = x.shape
     blocks = x.float().view(tokens, columns // block, block)
-    scale = blocks.abs().amax(-1) / INT8_MAX
-    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    largest = blocks.abs().amax(-1)
+    scale = largest / INT8_MAX
+    inverse = torch.where(
+        largest > 0, INT8_MAX / largest, 0.0
+    )  # as the kernel does it, to the last bit
     codes = (blocks * inverse[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
     return codes, scale
 

@@ -31,7 +31,15 @@ def progress_bar() -> Iterator[Report]:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
+                _complete(bars)
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
+        _complete(bars)
+
+
+def _complete(bars: Progress) -> None:
+    """Fill the bars shown so far: work is reported in order, so what came before is done."""
+    for task in bars.tasks:
+        bars.update(task.id, completed=task.total or 0)

@@ -44,7 +44,7 @@ FAILED = 1
     "--kernel-threshold",
     default=1e-3,
     show_default=True,
-    help="Largest action error against the integer reference.",
+    help="Largest relative error of an integer kernel.",
 )
 @click.option(
     "--cosine-threshold",
@@ -65,7 +65,7 @@ def verify(
     with progress_bar() as progress:
         report = verification.verify(
             engine, policy_path, heldout, float_engine=float_engine, seed=seed, progress=progress,
-            thresholds=verification.Thresholds(parity_threshold, kernel_threshold, cosine_threshold),
+            thresholds=verification.Thresholds(parity_threshold, kernel_threshold, cosine_mean=cosine_threshold),
         )  # fmt: skip
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report), indent=1))
@@ -85,9 +85,14 @@ def _print(report: verification.VerifyReport) -> None:
         f"{limits.parity:.0e}",
     )
     table.add_row(
-        "kernel: engine against integer reference, max abs",
+        "kernel: integer kernels against reference, same input, max",
         f"{report.kernel.max_abs:.2e}",
         f"{limits.kernel:.0e}",
+    )
+    table.add_row(
+        "  whole chunks: max abs / RMS as share of the quantization error",
+        f"{report.kernel.chunk_max_abs:.2e} / {report.kernel.share:.1%}",
+        f"{limits.kernel_share:.0%}",
     )
     table.add_row("quantization: cosine, mean", f"{error.cosine_mean:.5f}", f"{limits.cosine_mean}")
     table.add_row(

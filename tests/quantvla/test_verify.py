@@ -38,8 +38,7 @@ def test_an_integer_engine_is_near_its_reference_and_further_from_float(
     )
     assert report.passed and report.integer_sites > 0
     assert report.parity.max_abs < 1e-4
-    assert report.kernel.max_abs < 1e-3
-    assert report.quantization.nrmse > 10 * report.kernel.max_abs
+    assert report.kernel.max_abs < 1e-3 and 0 < report.kernel.share < 0.2
     assert (
         len(report.quantization.velocity_teacher_forced)
         == len(report.quantization.velocity_free_running)
@@ -78,7 +77,7 @@ def test_a_wrong_kernel_is_noticed(
     report = verify(
         engine, tiny_checkpoint, open_set(tiny_set).part("heldout"), float_engine=tiny_float_engine
     )
-    assert not report.passed and report.kernel.max_abs > 1e-2
+    assert not report.passed and report.kernel.share > 0.5
 
 
 def test_another_checkpoint_is_refused(
@@ -104,11 +103,11 @@ def test_the_command_prints_the_agreed_json_and_exits_by_result(
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["pass"] is True
-    assert found["parity"].keys() == found["kernel"].keys() == {"max_abs"}
+    assert "max_abs" in found["parity"] and "max_abs" in found["kernel"]
     assert {"cosine_mean", "cosine_p5", "cosine_min", "nrmse"} <= found["quantization"].keys()
     failed = CliRunner().invoke(command, [*arguments, "--parity-threshold", "0"])
     assert failed.exit_code == 1 and json.loads(failed.stdout)["pass"] is False
 
 
 def test_thresholds_have_the_issue_values() -> None:
-    assert Thresholds() == Thresholds(parity=1e-4, kernel=1e-3, cosine_mean=0.98)
+    assert Thresholds() == Thresholds(parity=1e-4, kernel=1e-3, kernel_share=0.2, cosine_mean=0.98)
