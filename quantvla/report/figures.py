@@ -15,9 +15,12 @@ from matplotlib.figure import Figure
 from quantvla.evaluate.results import ArmResult, TaskResult
 from quantvla.report.render import DARK, LIGHT, png_data_uri
 from quantvla.report.structure import ArmReport, Report, SiteError
+from quantvla.report.table import stage_names
 
 ARM_COLOURS = ("#8c8c8c", "#3b82c4", "#e07b28", "#3a9e6e", "#a765b8")
 """By position: the reference is grey."""
+_P99_SHOWN = 1.6
+"""A p99 beyond this multiple of the longest bar would squeeze the bars; it is written, not drawn."""
 STAGE_COLOURS = ("#5b8fc9", "#7fb685", "#e0a458", "#b07aa1", "#9c9c9c")
 
 
@@ -91,7 +94,7 @@ def success_figure(report: Report) -> Figure:
 def latency_figure(report: Report) -> Figure:
     """Return how each arm's median chunk latency splits into stages, with the chunk's p99 marked."""
     arms = [arm for arm in report.arms if arm.chunk_ms is not None]
-    stages = list(dict.fromkeys(stage for arm in arms for stage in arm.stages_ms))
+    stages = stage_names(arms)
     figure = Figure(figsize=(8, 0.6 * len(arms) + 1.3), layout="constrained")
     axes = figure.subplots()
     ends = np.zeros(len(arms))
@@ -102,17 +105,21 @@ def latency_figure(report: Report) -> Figure:
         ends += width
     chunks = np.array([arm.chunk_ms.p50 for arm in arms if arm.chunk_ms])
     rest = np.maximum(chunks - ends, 0)
+    longest = _P99_SHOWN * max(ends + rest)
     axes.barh(rows, rest, left=ends, height=0.55, color="#9c9c9c", label="the rest")
     for row, arm in enumerate(arms):
         assert arm.chunk_ms is not None
-        axes.plot([arm.chunk_ms.p99] * 2, [row - 0.3, row + 0.3], color=mpl.rcParams["text.color"])
+        edge = ends[row] + rest[row]
+        if arm.chunk_ms.p99 <= longest:
+            colour = mpl.rcParams["text.color"]
+            axes.plot([arm.chunk_ms.p99] * 2, [row - 0.3, row + 0.3], color=colour)
+            edge = max(edge, arm.chunk_ms.p99)
         text = f" {arm.chunk_ms.p50:.1f} (p99 {arm.chunk_ms.p99:.1f})"
-        edge = max(arm.chunk_ms.p99, ends[row] + rest[row])
         axes.text(edge, row, text, va="center", fontsize=9)
     axes.set_yticks(rows, [arm.title for arm in arms])
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds per action chunk (bars: medians; line: p99)")
-    axes.margins(x=0.25)
+    axes.set_xlabel("milliseconds per action chunk (bars: medians; line: p99 where it fits)")
+    axes.margins(x=0.3)
     axes.set_xlim(left=0)
     _legend_above(figure, axes)
     return figure

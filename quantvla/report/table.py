@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -24,7 +24,7 @@ class Row:
 
 def summary_rows(report: Report) -> tuple[Row, ...]:
     """Return the rows that have a value for at least one arm."""
-    stages = list(dict.fromkeys(stage for arm in report.arms for stage in arm.stages_ms))
+    stages = stage_names(report.arms)
     measures: list[tuple[str, Callable[[ArmReport], str]]] = [
         ("Success in closed loop", lambda arm: _success(arm.success)),
         ("Difference to the reference", lambda arm: _difference(report, arm)),
@@ -39,6 +39,12 @@ def summary_rows(report: Report) -> tuple[Row, ...]:
     ]
     rows = (Row(title, tuple(cell(arm) for arm in report.arms)) for title, cell in measures)
     return tuple(row for row in rows if set(row.cells) != {ABSENT})
+
+
+def stage_names(arms: Sequence[ArmReport]) -> tuple[str, ...]:
+    """Return all stages in the order in which the most finely measured arm runs them."""
+    by_detail = sorted(arms, key=lambda arm: -len(arm.stages_ms))
+    return tuple(dict.fromkeys(stage for arm in by_detail for stage in arm.stages_ms))
 
 
 def summary_table(report: Report) -> Table:
