@@ -109,7 +109,9 @@ def evaluate_task(
     task: str, chunk: ChunkFn, noise_shape: tuple[int, int], seeds: range
 ) -> TaskResult:
     """Run one episode a seed and return the outcomes."""
-    succeeded, failed, steps = [], [], []
+    succeeded: list[int] = []
+    failed: list[int] = []
+    steps: list[int] = []
     with MetaWorldEnv(task) as env:
         for seed in seeds:
             success, length = run_episode(env, chunk, noise_shape, seed)

@@ -71,7 +71,7 @@ class Learner(nn.Module):
             noisy.reshape(size * draws, chunk, width), time.reshape(-1)
         )
         suffix = suffix.reshape(size, draws * chunk, -1)
-        own = torch.block_diag(*[torch.ones(chunk, chunk).tril()] * draws).bool()
+        own = torch.kron(torch.eye(draws), torch.ones(chunk, chunk).tril()).bool()
         mask = torch.cat(
             [pad[:, None].expand(-1, draws * chunk, -1), own.expand(size, -1, -1)], dim=2
         )

@@ -17,6 +17,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,8 +110,8 @@ def record_task(task: str, count: int, out: Path) -> None:
     if table.exists():
         return
     start = time.monotonic()
-    columns: dict[str, list[npt.NDArray[np.generic]]] = {"states": [], "actions": [], "raw": []}
-    rows: dict[str, list[object]] = {"lengths": [], "goals": [], "seeds": [], "noise": []}
+    columns: dict[str, list[npt.NDArray[Any]]] = {"states": [], "actions": [], "raw": []}
+    rows: dict[str, list[Any]] = {"lengths": [], "goals": [], "seeds": [], "noise": []}
     attempts = 0
     with MetaWorldEnv(task, image_size=IMAGE_SIZE) as env, (out / f"{task}.raw").open("wb") as file:
         while len(rows["seeds"]) < count + HELD_OUT:
@@ -127,11 +128,9 @@ def record_task(task: str, count: int, out: Path) -> None:
             for name, item in zip(rows, summary, strict=True):
                 rows[name].append(item)
     partial = out / f"{task}.partial.npz"
-    np.savez(
-        partial,
-        **{name: np.concatenate(parts) for name, parts in columns.items()},
-        **{name: np.array(items) for name, items in rows.items()},
-    )
+    table_columns: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
+    table_columns |= {name: np.array(items) for name, items in rows.items()}
+    np.savez(partial, **table_columns)
     partial.replace(table)
     episodes, seconds = len(rows["seeds"]), time.monotonic() - start
     print(
@@ -173,7 +172,7 @@ def export_lerobot(frames: Path, out: Path, per_task: int) -> None:
     dataset = LeRobotDataset.create(
         "quantvla/metaworld", FPS, features, root=partial, robot_type="sawyer", use_videos=False
     )
-    index = []
+    index: list[dict[str, object]] = []
     for task in TASKS:
         shard = load_shard(task.name, frames)
         count = len(shard.lengths)

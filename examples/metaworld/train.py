@@ -29,6 +29,7 @@ from frames import Sampler, load_shard, normalization
 from learner import Collator, Learner
 from make_dataset import BUILD
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from quantvla.evaluate.metaworld import TASKS, find_task
 
@@ -44,6 +45,10 @@ TASK_WEIGHT = {
     "window-open-v3": 1.0,
     "window-close-v3": 1.0,
 }
+
+
+LONGEST_STEP_S = 10.0
+"""A step counts for no more than this: a suspended run does not use up its schedule."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,8 @@ class Run:
             flow, objects = self.learner(batch, noise, draw_time)
         (flow + self.options.object_weight * objects).backward()
         now = time.monotonic()
-        shared = torch.tensor([flow.item(), objects.item(), now - self._last_s])
+        elapsed_s = min(now - self._last_s, LONGEST_STEP_S)
+        shared = torch.tensor([flow.item(), objects.item(), elapsed_s])
         self._last_s = now
         self._average_over_workers(shared)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -272,7 +278,7 @@ def main() -> None:
     options = Options(**{**arguments, "weight": tuple(arguments["weight"])})
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "rendezvous").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(worker, args=(options,), nprocs=options.workers)
+    spawn(worker, args=(options,), nprocs=options.workers)
 
 
 if __name__ == "__main__":
