@@ -278,7 +278,7 @@ def main() -> None:
     options = Options(**{**arguments, "weight": tuple(arguments["weight"])})
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "rendezvous").unlink(missing_ok=True)
-    spawn(worker, args=(options,), nprocs=options.workers)
+    spawn(worker, args=(options,), nprocs=options.workers)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
