@@ -120,10 +120,9 @@ def record_task(task: str, count: int, out: Path) -> None:
             if episode is None:
                 continue
             file.write(episode.images.tobytes())
-            for name, value in zip(
-                columns, (episode.states, episode.actions, episode.raw), strict=True
-            ):
-                columns[name].append(value)
+            columns["states"].append(episode.states)
+            columns["actions"].append(episode.actions)
+            columns["raw"].append(episode.raw)
             summary = (len(episode.states), episode.goal, episode.seed, episode.noise)
             for name, item in zip(rows, summary, strict=True):
                 rows[name].append(item)
