@@ -13,7 +13,7 @@ from quantvla.export.graphs import export_graph, save_graph
 from quantvla.export.half_scales import store_half_scales_
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy, replaced
-from quantvla.passes.base import Progress
+from quantvla.progress import Progress
 from quantvla.quantized_linear import QuantizedLinear
 from quantvla.runtime.errors import explain, nearest
 from quantvla.runtime.files import atomic_directory, sha256_file, sha256_tree

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 
 from quantvla.calib_sets import CalibrationSet
 from quantvla.families.base import LoadedPolicy
-from quantvla.passes.base import Progress
+from quantvla.progress import Progress
 from quantvla.runtime.files import write_atomic
 from quantvla.staged import make_preprocessor, prepare, run_context, sample, without_padding
 from quantvla.statistics import SiteStatistics, observe, require_calls, require_finite

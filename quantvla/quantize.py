@@ -18,8 +18,9 @@ from quantvla.checkpoint import SCHEMA_VERSION, CalibrationUse, CheckpointCard, 
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.layout import make_plan
-from quantvla.passes.base import PassReport, Progress, Subject
+from quantvla.passes.base import PassReport, Subject
 from quantvla.plan import Plan
+from quantvla.progress import Progress
 from quantvla.quantizer import QuantizedWeight
 from quantvla.recipe import Recipe
 from quantvla.runtime.errors import explain

@@ -32,7 +32,7 @@ from quantvla.export.integers import IntegerSite, integer_sites
 from quantvla.export.site_values import Probe, SiteValues
 from quantvla.families import load_policy
 from quantvla.float_policy import FloatPolicy
-from quantvla.passes.base import Progress
+from quantvla.progress import Progress
 from quantvla.quantizer import QuantizedWeight, integer_linear
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_tree

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from quantvla.calib_sets import CalibrationSet, Selection, build_set, open_set, record
 from quantvla.calib_sets.card import Part
 from quantvla.calib_sets.images import ImageFormat
 from quantvla.calib_sets.summary import Summary, summarize
+from quantvla.cli.progress import progress_bar
+from quantvla.progress import Progress
 from quantvla.runtime.errors import explain
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ def build(
         min_motion=min_motion,
     )
     opened = open_set(source, heldout=heldout)
-    with _progress() as bar:
-        task = bar.add_task("writing frames", total=None)
+    with progress_bar() as progress:
         built = build_set(
             opened,
             output,
@@ -109,7 +108,7 @@ def build(
             name=name,
             image_format=image_format,
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: progress("writing frames", done, total),
         )
     _report_missing(built, selection)
     _print_summary(Console(), summarize(built, output))
@@ -151,8 +150,8 @@ def record_command(
     from quantvla.cli.demonstrations import DemonstrationPlan, demonstrations, describe_simulator
 
     plan = DemonstrationPlan.parse(tasks, episodes=episodes, stride=stride, noise=noise, seed=seed)
-    with _progress() as bar:
-        shown = _counted(bar, demonstrations(plan), len(plan.tasks) * episodes)
+    with progress_bar() as progress:
+        shown = _counted(progress, demonstrations(plan), len(plan.tasks) * episodes)
         recorded = record(
             ((frame.observation, frame.episode, frame.frame) for frame in shown),
             output,
@@ -163,12 +162,13 @@ def record_command(
     _print_summary(Console(), summarize(recorded, output))
 
 
-def _counted(bar: Progress, frames: Iterator[Demonstration], total: int) -> Iterator[Demonstration]:
-    task = bar.add_task("recording episodes", total=total)
+def _counted(
+    progress: Progress, frames: Iterator[Demonstration], total: int
+) -> Iterator[Demonstration]:
     for frame in frames:
-        bar.update(task, completed=frame.episode)
+        progress("recording episodes", frame.episode, total)
         yield frame
-    bar.update(task, completed=total)
+    progress("recording episodes", total, total)
 
 
 def _episode_numbers(text: str) -> frozenset[int]:
@@ -237,15 +237,3 @@ def _print_summary(console: Console, summary: Summary) -> None:
     )
     for note in summary.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        yield bar

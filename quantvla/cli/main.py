@@ -32,6 +32,7 @@ _COMPILER_MODULES = {
     "onnxscript",
     "scipy",
     "matplotlib",
+    "jinja2",
 }
 
 

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from quantvla.passes.base import Progress as Report
+from quantvla.progress import Progress as Report
 
 
 @contextmanager

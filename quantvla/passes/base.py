@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +49,3 @@ class PassReport(msgspec.Struct, frozen=True):
 
     kind: str
     sites: tuple[SiteError, ...]
-
-
-Progress = Callable[[str, int, int], None]

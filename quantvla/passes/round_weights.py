@@ -8,7 +8,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from quantvla.passes.base import PassReport, Progress, SiteError, Subject
+from quantvla.passes.base import PassReport, SiteError, Subject
+from quantvla.progress import Progress
 from quantvla.quantizer import QuantizedWeight, quantize_weight
 
 
