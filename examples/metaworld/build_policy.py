@@ -22,16 +22,9 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    SmolVLMConfig,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
 
 from quantvla.evaluate.metaworld import ACTION_DIM, CAMERA_KEY_PREFIX, CAMERAS, STATE_DIM, STATE_KEY
+from quantvla.testing.smolvla import SmolVLASize, write_vlm
 
 VLM_DIR = "vlm"
 """Value of ``vlm_model_name`` in the saved checkpoint: the VLM's directory, relative to the checkpoint's."""
@@ -42,91 +35,34 @@ VOCAB_SIZE = 512
 CHUNK_SIZE = 16
 EXECUTED_STEPS = 8
 TEXT_LAYERS = 4
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<end_of_utterance>",
-    "<fake_token_around_image>",
-    "<image>",
-    "<global-img>",
+SIZE = SmolVLASize(
+    text_hidden=256,
+    text_intermediate=512,
+    layers=TEXT_LAYERS,
+    heads=4,
+    key_value_heads=2,
+    head_dim=64,
+    vision_hidden=192,
+    vision_intermediate=768,
+    vision_layers=4,
+    vision_heads=3,
+    image_size=IMAGE_SIZE,
+    patch_size=PATCH_SIZE,
+    pixel_shuffle=PIXEL_SHUFFLE,
+    vocabulary=VOCAB_SIZE,
 )
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on the 50 Meta-World instructions, with SmolVLM's special tokens."""
-    # Not at the top: it imports mujoco, which must find MUJOCO_GL set.
-    from lerobot.envs.metaworld import TASK_DESCRIPTIONS
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sorted(TASK_DESCRIPTIONS.values()), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<end_of_utterance>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        extra_special_tokens={
-            "fake_image_token": "<fake_token_around_image>",
-            "image_token": "<image>",
-            "global_image_token": "<global-img>",
-        },
-    )
+"""Every ``in_features`` of the language model and the action expert is a multiple of 64, the quantization block."""
 
 
 def save_vlm(out: Path) -> None:
     """Write the architecture and tokenizer of the vision-language model to ``out`` (no weights: they are in the policy).
 
-    Every ``in_features`` of the language model and the action expert is a multiple of 64, the quantization block.
+    The tokenizer is trained on the 50 Meta-World instructions.
     """
-    text = {
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": TEXT_LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "pad_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
-        "bos_token_id": SPECIAL_TOKENS.index("<|im_start|>"),
-        "eos_token_id": SPECIAL_TOKENS.index("<end_of_utterance>"),
-        "tie_word_embeddings": False,
-    }
-    vision = {
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-    }
-    config = SmolVLMConfig(
-        text_config=text,
-        vision_config=vision,
-        scale_factor=PIXEL_SHUFFLE,
-        image_token_id=SPECIAL_TOKENS.index("<image>"),
-        pad_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
-    )
-    config.architectures = ["SmolVLMForConditionalGeneration"]
-    config.save_pretrained(out)
-    processor = SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(),
-        tokenizer=build_tokenizer(),
-        video_processor=SmolVLMVideoProcessor(),
-        image_seq_len=(IMAGE_SIZE // PATCH_SIZE // PIXEL_SHUFFLE) ** 2,
-    )
-    processor.save_pretrained(out)
+    # Not at the top: it imports mujoco, which must find MUJOCO_GL set.
+    from lerobot.envs.metaworld import TASK_DESCRIPTIONS
+
+    write_vlm(out, SIZE, sorted(TASK_DESCRIPTIONS.values()))
 
 
 def policy_config(vlm: Path) -> SmolVLAConfig:
