@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from invented_robot import HEIGHT, TOP, WIDTH, WRIST, Episodes, Observe
 
 from quantvla.calib_sets import CalibrationSet, Observation, record
-
-HEIGHT, WIDTH = 16, 24
-TOP, WRIST = "observation.images.top", "observation.images.wrist"
-Observe = Callable[..., Observation]
-Episodes = Callable[..., Iterator[tuple[Observation, int, int]]]
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import TOP
+from invented_robot import TOP
 
 from quantvla.calib_sets import CalibrationSet, open_set
 from quantvla.cli.calib import calib

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HEIGHT, TOP, WIDTH, WRIST, Observe
+from invented_robot import HEIGHT, TOP, WIDTH, WRIST, Observe
 
 from quantvla.calib_sets import Observation, Selection, build_set, open_set
 from quantvla.runtime.errors import QuantVLAError

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TOP, WRIST, Episodes
+from invented_robot import TOP, WRIST, Episodes
 
 from quantvla.calib_sets import CalibrationSet, Selection, build_set, open_set
 from quantvla.runtime.errors import QuantVLAError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOP, WRIST, Episodes, Observe
+from invented_robot import TOP, WRIST, Episodes, Observe
 
 from quantvla.calib_sets import Observation, Recorder, RobotSpec, open_set, record
 from quantvla.runtime.errors import QuantVLAError

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from conftest import HEIGHT, TOP, WIDTH, WRIST, Episodes
+from invented_robot import HEIGHT, TOP, WIDTH, WRIST, Episodes
 from PIL import Image
 
 from quantvla.calib_sets import (
