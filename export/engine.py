@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
 from torch import nn
 
+from quantvla.calib_sets import RobotSpec
 from quantvla.checkpoint import is_quantized, load_quantized
 from quantvla.export import lowering_cpu
 from quantvla.export.graphs import export_graph, save_graph
@@ -51,6 +54,7 @@ def export_engine(
         raise explain(output, "already exists", remedy="choose another output or pass --overwrite")
     if is_quantized(checkpoint):
         loaded, card = load_quantized(checkpoint)
+        loaded = with_names(loaded, card.calibration.robot)
         recipe, source = card.recipe.name, card.source_sha256
         calibration: str | None = card.calibration.sha256
     else:
@@ -71,6 +75,17 @@ def export_engine(
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest
+
+
+def with_names(loaded: LoadedPolicy, robot: RobotSpec) -> LoadedPolicy:
+    """Return the policy with the names of its state and action entries, which a checkpoint lacks and a robot has."""
+    interface = loaded.interface
+    state, action = interface.state, interface.action
+    if not state.names and robot.state.dim == state.dim:
+        state = structs.replace(state, names=robot.state.names)
+    if not action.names and robot.action is not None and robot.action.dim == action.dim:
+        action = structs.replace(action, names=robot.action.names)
+    return replace(loaded, interface=replace(interface, state=state, action=action))
 
 
 def lowered(loaded: LoadedPolicy, lower: Lowering) -> dict[str, nn.Module]:

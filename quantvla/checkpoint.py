@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quantvla.calib_sets import RobotSpec
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
@@ -35,10 +36,11 @@ POLICY = "policy"
 
 
 class CalibrationUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which frames the statistics come from, and how many inputs each site saw."""
+    """Which frames the statistics come from, of which robot, and how many inputs each site saw."""
 
     name: str
     sha256: str
+    robot: RobotSpec
     frames: int
     seed: int
     samples: dict[str, int]

@@ -78,7 +78,8 @@ def quantize(
         recipe=recipe,
         plan=plan,
         calibration=CalibrationUse(
-            name=calibration.card.name, sha256=calibration.checksum, frames=len(calibration), seed=seed,
+            name=calibration.card.name, sha256=calibration.checksum, robot=calibration.robot,
+            frames=len(calibration), seed=seed,
             samples={site: statistics[site].tokens for site in sites},
         ),
         reports=reports,

@@ -13,17 +13,19 @@ class ActionError(msgspec.Struct, frozen=True, kw_only=True):
     """Difference of normalized actions to the reference policy, same observations and noise.
 
     ``nrmse`` is the root mean square error over that of the reference's actions; the cosines are
-    between whole chunks: mean, 5th percentile and worst observation. ``export_max_abs`` is what
-    lowering and kernels add: the largest difference to PyTorch with the same weights (for
-    integers: the same integers).
+    between whole chunks: mean, 5th percentile and worst observation. What lowering adds:
+    ``lowering_max_abs``, the largest difference of an action to lerobot (float engines);
+    ``kernel_max_relative``, that of an integer kernel's output to the reference arithmetic on the
+    same input, over the largest output of that call (integer engines).
     """
 
     nrmse: float
     cosine_mean: float
     cosine_p5: float
     cosine_min: float
-    export_max_abs: float
     observations: int
+    lowering_max_abs: float | None = None
+    kernel_max_relative: float | None = None
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,7 +30,8 @@ def summary_rows(report: Report) -> tuple[Row, ...]:
         ("Difference to the reference", lambda arm: _difference(report, arm)),
         ("Action error, relative RMS", _nrmse),
         ("Action cosine: mean / p5 / min", _cosine),
-        ("Export error, same weights, max abs", _export),
+        ("Difference to lerobot, same weights", _lowering),
+        ("Difference of a kernel to its reference, relative", _kernel),
         ("Chunk latency p50 / p99", lambda arm: format_latency(arm.chunk_ms)),
         *((_stage_title(report, s), _stage_cell(s)) for s in stages),
         ("Quantized parts, scales counted", _parts),
@@ -96,8 +97,14 @@ def _nrmse(arm: ArmReport) -> str:
     return ABSENT if arm.action_error is None else f"{100 * arm.action_error.nrmse:.2g} %"
 
 
-def _export(arm: ArmReport) -> str:
-    return ABSENT if arm.action_error is None else f"{arm.action_error.export_max_abs:.1e}"
+def _lowering(arm: ArmReport) -> str:
+    value = None if arm.action_error is None else arm.action_error.lowering_max_abs
+    return ABSENT if value is None else f"{value:.1e}"
+
+
+def _kernel(arm: ArmReport) -> str:
+    value = None if arm.action_error is None else arm.action_error.kernel_max_relative
+    return ABSENT if value is None else f"{value:.1e}"
 
 
 def _cosine(arm: ArmReport) -> str:

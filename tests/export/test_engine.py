@@ -8,15 +8,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from msgspec import structs
 from random_observations import random_observation
 
 from quantvla.checkpoint import load_quantized
-from quantvla.export.engine import export_engine
+from quantvla.export.engine import export_engine, with_names
 from quantvla.export.integers import integer_sites
 from quantvla.float_policy import FloatPolicy
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_tree
-from quantvla.runtime.manifest import read_manifest
+from quantvla.runtime.manifest import VectorSpec, read_manifest
 from quantvla.runtime.policy import Policy
 
 
@@ -134,3 +135,24 @@ def test_unknown_target_and_existing_output(tiny_quantized: Path, tmp_path: Path
         export_engine(tiny_quantized, "gpu", tmp_path / "out")
     with pytest.raises(QuantVLAError, match="already exists"):
         export_engine(tiny_quantized, "cpu", tmp_path)
+
+
+def test_names_of_state_and_action_come_from_the_robot_of_the_calibration_set(
+    tiny_quantized: Path,
+) -> None:
+    loaded, card = load_quantized(tiny_quantized)
+    interface, robot = loaded.interface, card.calibration.robot
+    assert robot.state.dim == interface.state.dim
+    joints = tuple(f"joint_{i}" for i in range(interface.state.dim))
+    motors = tuple(f"motor_{i}" for i in range(interface.action.dim))
+    named = with_names(
+        loaded,
+        structs.replace(
+            robot,
+            state=structs.replace(robot.state, names=joints),
+            action=VectorSpec(key="action", dim=interface.action.dim, names=motors),
+        ),
+    ).interface
+    assert (named.state.names, named.action.names) == (joints, motors)
+    other = VectorSpec(key="action", dim=interface.action.dim + 1, names=("a", "b"))
+    assert with_names(loaded, structs.replace(robot, action=other)).interface.action.names == ()

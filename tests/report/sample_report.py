@@ -98,8 +98,9 @@ def arms() -> tuple[ArmReport, ...]:
                 cosine_mean=1 - error**2,
                 cosine_p5=1 - 2 * error**2,
                 cosine_min=1 - 9 * error**2,
-                export_max_abs=4e-6,
                 observations=64,
+                lowering_max_abs=4e-6 if name == "float" else None,
+                kernel_max_relative=4e-4 if name == "w4a8" else None,
             ),
             chunk_ms=Latency(p50=v + p + 10 * d + 1, p99=1.2 * (v + p + 10 * d)),
             stages_ms={
