@@ -14,34 +14,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from quantvla import staged
 from quantvla.calib_sets import CalibrationSet, check_robot
 from quantvla.calibrate import frame_noise
 from quantvla.checkpoint import install_
 from quantvla.export.engine import export_engine
-from quantvla.export.integers import IntegerSite, integer_sites
-from quantvla.export.site_values import Probe, SiteValues
+from quantvla.export.integers import integer_sites
 from quantvla.families import load_policy
+from quantvla.fidelity.action_error import (
+    ActionError,
+    Gripper,
+    action_error,
+    find_gripper,
+    relative_rms,
+    velocity_error,
+)
+from quantvla.fidelity.kernels import kernel_errors
+from quantvla.fidelity.trajectories import (
+    Frame,
+    Trajectory,
+    engine_trajectories,
+    engine_velocities,
+    staged_trajectories,
+)
 from quantvla.float_policy import FloatPolicy
 from quantvla.progress import Progress
-from quantvla.quantizer import QuantizedWeight, integer_linear
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_tree
 from quantvla.runtime.manifest import Manifest
 from quantvla.runtime.policy import Policy
-from quantvla.runtime.sampler import Observer
 
 Array = NDArray[np.float32]
-KERNEL_FRAMES = 8  # frames on which every kernel call is compared
 
 
 class Thresholds(msgspec.Struct, frozen=True):
@@ -77,19 +86,11 @@ class KernelError(msgspec.Struct, frozen=True):
     share: float
 
 
-class QuantizationError(msgspec.Struct, frozen=True):
-    """Engine against float policy.
-
-    Cosines are of whole chunks. ``nrmse`` is the root mean square error over that of the float
-    actions; per dimension in ``nrmse_per_dimension``. ``velocity_*``: relative error of the
-    velocity at each denoise step, on the float policy's trajectory or on the engine's own.
+class QuantizationError(ActionError, frozen=True, kw_only=True):
+    """Engine against float policy. ``velocity_*``: relative error of the velocity at each denoise
+    step, on the float policy's trajectory or on the engine's own.
     """
 
-    cosine_mean: float
-    cosine_p5: float
-    cosine_min: float
-    nrmse: float
-    nrmse_per_dimension: tuple[float, ...]
     velocity_teacher_forced: tuple[float, ...]
     velocity_free_running: tuple[float, ...]
 
@@ -108,15 +109,6 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     integer_sites: int
     integer_bytes: int
     half_bytes: int
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """One chunk's denoising: states and velocities (steps, 1, horizon, padded), chunk (horizon, dim), normalized."""
-
-    states: Array
-    velocities: Array
-    chunk: Array
 
 
 def verify(
@@ -147,16 +139,21 @@ def verify(
             export_engine(checkpoint, manifest.target, float_engine, progress=progress)
         frames = [frame.observation for frame in heldout]
         noises = [frame_noise(seed, i, manifest.sampler.noise_shape) for i in range(len(frames))]
-        ours = _engine_trajectories(policy, frames, noises, progress)
+        ours = engine_trajectories(policy, frames, noises, "engine", progress)
         reference = FloatPolicy(load_policy(checkpoint))
         exact = _lerobot_chunks(reference, frames, noises, progress)
         parity = MaxError(_max_abs(_float_chunks(float_engine, frames, noises, progress), exact))
-        floats = _staged_trajectories(reference, frames, noises, "float policy", progress)
-        teacher = _teacher_forced(policy, frames, floats, progress)
+        floats = staged_trajectories(reference.loaded, frames, noises, "float policy", progress)
+        teacher = engine_velocities(policy, frames, floats, "engine, teacher-forced", progress)
         install_(reference.loaded.policy, {site.site: site.weight for site in integers})
-        integer = _staged_trajectories(reference, frames, noises, "integer reference", progress)
-        kernels = _kernel_errors(engine, policy, integers, frames, ours, progress)
-    quantization = _quantization_error(ours, exact, floats, teacher)
+        integer = staged_trajectories(
+            reference.loaded, frames, noises, "integer reference", progress
+        )
+        kernels = kernel_errors(engine, policy, integers, frames, ours, progress)
+    gripper = _gripper(heldout, manifest)
+    quantization = _quantization_error(
+        ours, exact, floats, teacher, manifest.action.execute, gripper
+    )
     kernel = _kernel_error(ours, integer, kernels, quantization)
     return VerifyReport(
         passed=parity.max_abs <= thresholds.parity
@@ -181,124 +178,31 @@ def _require_source(engine: Path, manifest: Manifest, checkpoint: Path) -> None:
         )
 
 
-def _observe(policy: Policy, frame: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in frame.items() if key in policy.preprocessor.keys}
-
-
-def _engine_trajectories(
-    policy: Policy, frames: Sequence[dict[str, object]], noises: Sequence[Array], progress: Progress
-) -> list[Trajectory]:
-    dim = policy.manifest.action.dim
-    found = []
-    for index, (frame, noise) in enumerate(zip(frames, noises, strict=True)):
-        progress("engine", index, len(frames))
-        prediction = policy.predict(_observe(policy, frame), noise=noise)
-        found.append(
-            Trajectory(prediction.states, prediction.velocities, prediction.normalized[0, :, :dim])
-        )
-    return found
+def _gripper(heldout: CalibrationSet, manifest: Manifest) -> Gripper | None:
+    """Return the gripper dimension; the set's robot knows the names that a checkpoint does not carry."""
+    action = heldout.robot.action
+    statistics = manifest.statistics.get(manifest.postprocess[0].key)
+    return find_gripper(action.names if action else (), manifest.action, statistics)
 
 
 def _float_chunks(
-    engine: Path, frames: Sequence[dict[str, object]], noises: Sequence[Array], progress: Progress
+    engine: Path, frames: Sequence[Frame], noises: Sequence[Array], progress: Progress
 ) -> list[Array]:
     with Policy.from_pretrained(engine) as policy:
         return [
             trajectory.chunk
-            for trajectory in _engine_trajectories(policy, frames, noises, progress)
+            for trajectory in engine_trajectories(policy, frames, noises, "float engine", progress)
         ]
 
 
 def _lerobot_chunks(
-    policy: FloatPolicy,
-    frames: Sequence[dict[str, object]],
-    noises: Sequence[Array],
-    progress: Progress,
+    policy: FloatPolicy, frames: Sequence[Frame], noises: Sequence[Array], progress: Progress
 ) -> list[Array]:
     chunks = []
     for index, (frame, noise) in enumerate(zip(frames, noises, strict=True)):
         progress("lerobot", index, len(frames))
         chunks.append(policy.predict_normalized(frame, noise=noise))
     return chunks
-
-
-def _staged_trajectories(
-    policy: FloatPolicy,
-    frames: Sequence[dict[str, object]],
-    noises: Sequence[Array],
-    what: str,
-    progress: Progress,
-) -> list[Trajectory]:
-    loaded = policy.loaded
-    preprocess = staged.make_preprocessor(loaded.interface)
-    dim = loaded.interface.action.dim
-    found = []
-    for index, (frame, noise) in enumerate(zip(frames, noises, strict=True)):
-        progress(what, index, len(frames))
-        context = staged.run_context(loaded, staged.prepare(preprocess, frame))
-        steps: list[tuple[Array, Array]] = []
-        final = staged.sample(loaded, context, noise, _append_to(steps))
-        states, velocities = (np.stack(column) for column in zip(*steps, strict=True))
-        found.append(Trajectory(states, velocities, final[0, :, :dim]))
-    return found
-
-
-def _append_to(steps: list[tuple[Array, Array]]) -> Observer:
-    return lambda x, v: steps.append((x, v))
-
-
-def _teacher_forced(
-    policy: Policy,
-    frames: Sequence[dict[str, object]],
-    floats: Sequence[Trajectory],
-    progress: Progress,
-) -> list[Array]:
-    """Return the engine's velocities at the float policy's states."""
-    times = policy.manifest.sampler.timesteps
-    found = []
-    for index, (frame, trajectory) in enumerate(zip(frames, floats, strict=True)):
-        progress("engine, teacher-forced", index, len(frames))
-        tensors = policy.prepare(_observe(policy, frame))
-        found.append(
-            np.stack(
-                [
-                    policy.velocity(tensors, x, t)
-                    for x, t in zip(trajectory.states, times, strict=True)
-                ]
-            )
-        )
-    return found
-
-
-def _kernel_errors(
-    engine: Path,
-    policy: Policy,
-    integers: Sequence[IntegerSite],
-    frames: Sequence[dict[str, object]],
-    ours: Sequence[Trajectory],
-    progress: Progress,
-) -> list[float]:
-    """Return the relative error of every kernel call on the first frames, on the engine's own inputs."""
-    sampler, weights = policy.manifest.sampler, {site.site: site.weight for site in integers}
-    probes = [Probe(engine, stage) for stage in policy.manifest.stages] if integers else []
-    errors = []
-    for index, frame in enumerate(frames[:KERNEL_FRAMES] if integers else ()):
-        progress("kernels", index, min(KERNEL_FRAMES, len(frames)))
-        known = {
-            **policy.preprocessor(_observe(policy, frame)),
-            **policy.prepare(_observe(policy, frame)),
-        }
-        for x, t in zip(ours[index].states, sampler.timesteps, strict=True):
-            known |= {sampler.state: x, sampler.time: np.array([t], np.float32)}
-            for stage, probe in zip(policy.manifest.stages, probes, strict=True):
-                if stage.name == sampler.stage or t == sampler.timesteps[0]:
-                    errors += [_kernel_difference(v, weights[v.site]) for v in probe(known)]
-    return errors
-
-
-def _kernel_difference(values: SiteValues, weight: QuantizedWeight) -> float:
-    expected = integer_linear(torch.from_numpy(values.x), weight).numpy()
-    return float(np.abs(values.y - expected).max() / max(float(np.abs(expected).max()), 1e-12))
 
 
 def _kernel_error(
@@ -309,7 +213,7 @@ def _kernel_error(
 ) -> KernelError:
     chunks, reference = np.stack([t.chunk for t in ours]), np.stack([t.chunk for t in integer])
     chunk_max = float(np.abs(chunks - reference).max())
-    nrmse = _relative_rms(chunks, reference, axes=(0, 1, 2))[0]
+    nrmse = relative_rms(chunks, reference, axes=(0, 1, 2))[0]
     return KernelError(
         max_abs=max(kernels, default=chunk_max),
         chunk_max_abs=chunk_max,
@@ -326,28 +230,15 @@ def _quantization_error(
     ours: Sequence[Trajectory],
     exact: Sequence[Array],
     floats: Sequence[Trajectory],
-    teacher: Sequence[Array],
+    teacher: Array,
+    execute: int,
+    gripper: Gripper | None,
 ) -> QuantizationError:
-    chunks, reference = np.stack([t.chunk for t in ours]), np.stack(exact)
-    flat, flat_reference = (x.reshape(len(x), -1).astype(np.float64) for x in (chunks, reference))
-    norms = np.linalg.norm(flat, axis=1) * np.linalg.norm(flat_reference, axis=1)
-    cosine = (flat * flat_reference).sum(1) / np.maximum(norms, 1e-12)
+    chunks = np.stack([t.chunk for t in ours])
+    error = action_error(chunks, np.stack(exact), execute=execute, gripper=gripper)
     target = np.stack([t.velocities for t in floats])
     return QuantizationError(
-        cosine_mean=float(cosine.mean()),
-        cosine_p5=float(np.percentile(cosine, 5)),
-        cosine_min=float(cosine.min()),
-        nrmse=_relative_rms(chunks, reference, axes=(0, 1, 2))[0],
-        nrmse_per_dimension=_relative_rms(chunks, reference, axes=(0, 1)),
-        velocity_teacher_forced=_relative_rms(np.stack(teacher), target, axes=(0, 2, 3, 4)),
-        velocity_free_running=_relative_rms(
-            np.stack([t.velocities for t in ours]), target, axes=(0, 2, 3, 4)
-        ),
+        **msgspec.structs.asdict(error),
+        velocity_teacher_forced=velocity_error(teacher, target),
+        velocity_free_running=velocity_error(np.stack([t.velocities for t in ours]), target),
     )
-
-
-def _relative_rms(found: Array, reference: Array, *, axes: tuple[int, ...]) -> tuple[float, ...]:
-    """Return the RMS error over the RMS of the reference, with ``axes`` averaged out."""
-    error = np.square(found.astype(np.float64) - reference).mean(axes)
-    scale = np.square(reference.astype(np.float64)).mean(axes)
-    return tuple(np.atleast_1d(np.sqrt(error / np.maximum(scale, 1e-12))).tolist())

@@ -100,7 +100,13 @@ def _print(report: verification.VerifyReport) -> None:
         f"{error.cosine_p5:.5f} / {error.cosine_min:.5f}",
         "",
     )
-    table.add_row("quantization: relative action error", f"{error.nrmse:.3%}", "")
+    table.add_row(
+        "quantization: relative action error, whole chunk / executed steps",
+        f"{error.nrmse:.3%} / {error.nrmse_executed:.3%}",
+        "",
+    )
+    if error.gripper_flips is not None:
+        table.add_row("  gripper on the other side", f"{error.gripper_flips:.2%} of steps", "")
     table.add_row(
         "  per action dimension", " ".join(f"{v:.2%}" for v in error.nrmse_per_dimension), ""
     )

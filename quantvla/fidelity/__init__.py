@@ -1,0 +1,1 @@
+"""How far one policy's actions are from another's: paired errors, distributions, smoothness."""
