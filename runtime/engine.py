@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from quantvla.runtime.backend import Session, backend_for
 from quantvla.runtime.errors import explain
+from quantvla.runtime.guidance import Guidance
 from quantvla.runtime.machine import physical_cores
 from quantvla.runtime.manifest import Manifest, StageSpec
 from quantvla.runtime.sampler import Observer, euler_integrate
@@ -31,15 +32,49 @@ class Engine:
     def __init__(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         self.threads = _check_threads(threads)
         self.directory = directory
-        backend = backend_for(manifest.target)
-        self.versions = backend.versions()
+        self._backend = backend_for(manifest.target)
+        self.versions = self._backend.versions()
         self._sampler = manifest.sampler
         *self._once, self._repeated = manifest.stages
         self._sessions: dict[str, Session] | None = {
-            stage.name: backend.load(directory / stage.file, stage, self.threads)
+            stage.name: self._backend.load(directory / stage.file, stage, self.threads)
             for stage in manifest.stages
         }
+        self._guidance = manifest.guidance
         self._durations: Durations | None = None
+
+    def load_guidance(self) -> None:
+        """Load the graph of guided chunking, which holds the stage's weights once more.
+
+        Raises `QuantVLAError` for an engine that has none.
+        """
+        self.check_open()
+        assert self._sessions is not None
+        if self._guidance is None:
+            raise explain(
+                self.directory,
+                "has no graph for guidance 'vjp'",
+                remedy="export it with --guidance, or use guidance 'prefix' or 'forward'",
+            )
+        stage = self._guidance.stage
+        if stage.name not in self._sessions:
+            path = self.directory / stage.file
+            self._sessions[stage.name] = self._backend.load(path, stage, self.threads)
+
+    def guided(
+        self, tensors: Tensors, x: FloatArray, t: float, guidance: Guidance
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return velocity and correction of the guidance graph at ``x`` and ``t``, both noise shape."""
+        self.load_guidance()
+        assert self._guidance is not None
+        step = {
+            self._sampler.state: x,
+            self._sampler.time: np.array([t], dtype=np.float32),
+            self._guidance.target: guidance.target,
+            self._guidance.weights: guidance.weights,
+        }
+        outputs = self._run(self._guidance.stage, {**tensors, **step})
+        return outputs[self._sampler.velocity], outputs[self._guidance.correction]
 
     def prepare(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Run the stages before the sampler once; returns ``inputs`` and every stage's outputs."""
@@ -65,11 +100,29 @@ class Engine:
         return self._run(self._repeated, {**tensors, **step})[self._sampler.velocity]
 
     def sample(
-        self, tensors: Tensors, noise: FloatArray, observe: Observer | None = None
+        self,
+        tensors: Tensors,
+        noise: FloatArray,
+        observe: Observer | None = None,
+        guidance: Guidance | None = None,
     ) -> FloatArray:
-        """Integrate from ``noise``; returns the normalized, padded chunk, noise shape float32."""
+        """Integrate from ``noise``; returns the normalized, padded chunk, noise shape float32.
+
+        With ``guidance`` the chunk continues the one that the guidance was made from.
+        """
+
+        def velocity(x: FloatArray, t: float) -> FloatArray:
+            if guidance is not None and guidance.method == "vjp":
+                return guidance.corrected(*self.guided(tensors, x, t, guidance), t)
+            v = self.velocity(tensors, x, t)
+            if guidance is None:
+                return v
+            if guidance.method == "prefix":
+                return guidance.along_path(noise, v)
+            return guidance.corrected(v, guidance.correction(x, v, t), t)
+
         return euler_integrate(
-            lambda x, t: self.velocity(tensors, x, t),
+            velocity,
             noise,
             self._sampler.timesteps,
             self._sampler.step,

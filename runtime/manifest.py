@@ -61,6 +61,20 @@ class EulerSampler(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="eu
     noise_shape: tuple[int, ...]
 
 
+class GuidanceSpec(_Strict, frozen=True, kw_only=True):
+    """The optional graph for guided real-time chunking: the sampler's stage and its Jacobian in one.
+
+    ``stage`` has the inputs of the sampler's stage, then ``target`` (noise shape) and ``weights``
+    (1, horizon, 1). With ``e = weights * (target - (x - t v(x)))`` it gives the velocity v and, under
+    the name ``correction``, ``e`` times the Jacobian of ``x - t v(x)``. Not run unless asked for.
+    """
+
+    stage: StageSpec
+    target: str
+    weights: str
+    correction: str
+
+
 class Images(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="images"):
     """HWC uint8 RGB images -> ``output`` (cameras, 3, height, width) float32, in the order of ``keys``.
 
@@ -188,6 +202,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     files: dict[str, str]
     source: Source
     versions: dict[str, str]
+    guidance: GuidanceSpec | None = None
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from quantvla.runtime.engine import Durations, Engine, Tensors
 from quantvla.runtime.errors import explain
+from quantvla.runtime.guidance import ActionPrefix, Guidance, make_guidance
 from quantvla.runtime.manifest import Manifest, check_files, read_manifest
 from quantvla.runtime.preprocess import Observation, Postprocessor, Preprocessor
 from quantvla.runtime.wiring import check_wiring
@@ -97,16 +98,23 @@ class Policy:
         return self._engine.versions
 
     def predict_action_chunk(
-        self, obs: Observation, *, noise: NDArray[Any] | None = None, seed: int | None = None
+        self,
+        obs: Observation,
+        *,
+        noise: NDArray[Any] | None = None,
+        seed: int | None = None,
+        prefix: ActionPrefix | None = None,
     ) -> FloatArray:
         """Return the next (horizon, dim) float32 actions in physical units.
 
         noise: (1, horizon, padded) or (horizon, padded), see ``manifest.sampler.noise_shape``.
+        With ``prefix`` the chunk continues the actions given there (real-time chunking).
         Raises `QuantVLAError` for a bad observation, bad noise, or actions that are not finite.
         """
         start_ns = time.perf_counter_ns()
         tensors = self.prepare(obs)
-        actions = self._actions(self._engine.sample(tensors, self._start(noise, seed)))
+        start, guidance = self._start(noise, seed), self._guidance(prefix)
+        actions = self._actions(self._engine.sample(tensors, start, guidance=guidance))
         self._engine.record("chunk", start_ns)
         return actions
 
@@ -155,6 +163,10 @@ class Policy:
         }
         state = np.zeros(manifest.state.dim) if mean is None else np.array(mean)
         return {**obs, manifest.state.key: state, manifest.task_key: "pick"}
+
+    def load_guidance(self) -> None:
+        """Load what a prefix of method ``vjp`` needs; raises `QuantVLAError` if the engine has it not."""
+        self._engine.load_guidance()
 
     def prepare(self, obs: Observation) -> dict[str, NDArray[Any]]:
         """Preprocess ``obs`` and run the stages before the sampler; returns every tensor by name."""
@@ -225,6 +237,12 @@ class Policy:
         if not np.isfinite(array).all():
             raise explain("noise", "must be finite", got="NaN or infinity", remedy="sample it anew")
         return array.reshape(shape).astype(np.float32)
+
+    def _guidance(self, prefix: ActionPrefix | None) -> Guidance | None:
+        if prefix is None:
+            return None
+        normalized = self.postprocessor.normalize(prefix.actions)
+        return make_guidance(prefix, normalized, self.manifest.sampler.noise_shape)
 
     def _actions(self, normalized: FloatArray) -> FloatArray:
         actions = self.postprocessor(normalized)

@@ -240,3 +240,14 @@ class Postprocessor:
     def __call__(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
         """output: (1, horizon, padded) normalized -> (horizon, dim) float32, physical units."""
         return self._normalizer.unnormalize(output[0, :, : self._dim])
+
+    def normalize(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        """actions: (n, dim) physical units -> (n, dim) normalized: the inverse of a call."""
+        if actions.ndim != 2 or actions.shape[1] != self._dim:
+            raise explain(
+                "actions",
+                f"expected rows of {self._dim} numbers",
+                got=f"shape {actions.shape}",
+                remedy="pass actions as the policy returned them",
+            )
+        return self._normalizer.normalize(actions.astype(np.float32))

@@ -36,6 +36,34 @@ def check_wiring(manifest: Manifest) -> None:
         for spec in stage.inputs:
             _check_input(stage.name, spec, made)
         _add(made, stage.outputs)
+    _check_guidance(manifest)
+
+
+def _check_guidance(manifest: Manifest) -> None:
+    """Raise `QuantVLAError` unless the guidance graph is the sampler's stage with two inputs and one output more."""
+    guidance, shape = manifest.guidance, manifest.sampler.noise_shape
+    if guidance is None:
+        return
+    repeated = manifest.stages[-1]
+    inputs = (
+        *repeated.inputs,
+        TensorSpec(name=guidance.target, dtype="float32", shape=shape),
+        TensorSpec(name=guidance.weights, dtype="float32", shape=(1, shape[1], 1)),
+    )
+    outputs = tuple(
+        TensorSpec(name=name, dtype="float32", shape=shape)
+        for name in (manifest.sampler.velocity, guidance.correction)
+    )
+    for kind, found, expected in (
+        ("inputs", guidance.stage.inputs, inputs),
+        ("outputs", guidance.stage.outputs, outputs),
+    ):
+        if found != expected:
+            raise _error(
+                f"guidance {kind}",
+                f"expected {[spec.name for spec in expected]} of the sampler's shapes",
+                got=[spec.name for spec in found],
+            )
 
 
 def _add(made: dict[str, TensorSpec], specs: tuple[TensorSpec, ...]) -> None:
@@ -132,6 +160,8 @@ def _check_action(manifest: Manifest) -> None:
 def _check_files(manifest: Manifest) -> None:
     named = [stage.file for stage in manifest.stages]
     named += [step.file for step in manifest.preprocess if isinstance(step, Tokenize)]
+    if manifest.guidance is not None:
+        named.append(manifest.guidance.stage.file)
     for name in named:
         if name not in manifest.files:
             raise _error("files", f"{name!r} has no checksum")

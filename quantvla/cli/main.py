@@ -20,6 +20,8 @@ COMMANDS = {
     "verify": "verify:verify",
     "bench": "bench:bench",
     "eval": "eval:evaluate",
+    "run": "run:run",
+    "replay": "replay:replay",
     "calib": "calib:calib",
     "demo": "demo:demo",
 }
@@ -70,6 +72,8 @@ _SUMMARIES = {
     "verify": "Compare an engine with the float policy.",
     "bench": "Measure latency and memory of an engine.",
     "eval": "Run policies and engines in closed loop.",
+    "run": "Drive a robot with an engine.",
+    "replay": "Run a trace again and compare bit by bit.",
     "calib": "Look at, build or record calibration sets.",
     "demo": "All of it on the bundled policy, with a report.",
 }

@@ -47,7 +47,7 @@ def imports(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("folder", LAYERS)
 def test_a_layer_imports_only_layers_below_it(folder: str) -> None:
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         for name in imports(path):
             if name.startswith("quantvla."):
                 assert name.startswith(LAYERS[folder]), f"{path.name} imports {name}"
@@ -61,7 +61,7 @@ def test_core_and_runtime_never_import_the_command_line() -> None:
 
 @pytest.mark.parametrize("folder", ["quantvla/passes", "export", "runtime", "calib_sets"])
 def test_no_family_is_named_outside_its_file(folder: str) -> None:
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         text = path.read_text().lower()
         for name in FAMILIES:
             assert name not in _without_comments(text), f"{path} names family {name}"

@@ -13,7 +13,7 @@ import pytest
 import quantvla.runtime
 
 FOLDER = Path(quantvla.runtime.__file__).parent
-SOURCES = sorted(FOLDER.glob("*.py"))
+SOURCES = sorted(FOLDER.rglob("*.py"))
 LIBRARIES = {"numpy", "msgspec", "safetensors", "tokenizers", "PIL", "onnxruntime"}
 NEW_IN_311 = {"tomllib", "wsgiref.types"}
 
@@ -26,7 +26,7 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ImportError(f"{name} must not be imported")
 
 sys.meta_path.insert(0, Blocker())
-import quantvla.runtime.policy, quantvla.runtime.bench
+import quantvla.runtime.policy, quantvla.runtime.bench, quantvla.runtime.control.replay
 assert "onnxruntime" not in sys.modules, "the engine library must be loaded lazily"
 from quantvla.runtime.policy import Policy
 with Policy.from_pretrained(sys.argv[1], threads=1) as policy:

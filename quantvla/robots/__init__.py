@@ -1,0 +1,1 @@
+"""Robots that `quantvla run` can drive, besides one's own."""

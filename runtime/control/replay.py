@@ -1,0 +1,119 @@
+"""A trace run again on its engine: the same observations, noise and prefixes must give the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from quantvla.runtime.control.spec import build_strategy
+from quantvla.runtime.control.strategy import Request, Strategy
+from quantvla.runtime.control.trace import InferenceRecord
+from quantvla.runtime.control.trace_reader import load_observation, read_header, read_records
+from quantvla.runtime.errors import QuantVLAError, explain
+from quantvla.runtime.files import sha256_file
+from quantvla.runtime.manifest import MANIFEST_FILE
+from quantvla.runtime.policy import Policy
+
+
+class ReplayedInference(msgspec.Struct, frozen=True, kw_only=True):
+    """One inference again: ``max_abs`` difference of the actions, physical units; None where both failed alike."""
+
+    index: int
+    tick: int
+    identical: bool
+    max_abs: float | None
+    latency_ms: float
+
+
+class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replay found. ``same_engine``: the manifest is the recorded one, bit for bit."""
+
+    trace: str
+    engine: str
+    same_engine: bool
+    same_versions: bool
+    tolerance: float
+    inferences: tuple[ReplayedInference, ...]
+
+    @property
+    def identical(self) -> int:
+        """How many inferences gave the recorded bits."""
+        return sum(one.identical for one in self.inferences)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every inference is identical, or within the tolerance if one was given."""
+        return all(
+            one.identical or (one.max_abs is not None and one.max_abs <= self.tolerance)
+            for one in self.inferences
+        )
+
+
+def replay(
+    path: Path, *, engine: Path | None = None, threads: int | None = None, tolerance: float = 0.0
+) -> ReplayReport:
+    """Return how the inferences of a trace differ when they are run again.
+
+    ``engine`` and ``threads`` default to the recorded ones; another engine shows what it would
+    have done. Raises `QuantVLAError` for a trace without inferences or with a strategy that is not data.
+    """
+    header = read_header(path)
+    if header.strategy is None:
+        raise explain(
+            path, "was recorded with a strategy of its own", remedy="replay it with that program"
+        )
+    directory = Path(header.engine) if engine is None else engine
+    with Policy.from_pretrained(directory, threads=threads or header.threads) as policy:
+        strategy = build_strategy(header.strategy, policy)
+        found = tuple(_replayed(path, strategy, policy.manifest.action.dim))
+        versions = policy.versions
+    if not found:
+        raise explain(path, "holds no inference", remedy="record a longer run")
+    return ReplayReport(
+        trace=str(path),
+        engine=str(directory),
+        same_engine=sha256_file(directory / MANIFEST_FILE) == header.manifest_sha256,
+        same_versions=versions == header.versions,
+        tolerance=tolerance,
+        inferences=found,
+    )
+
+
+def _replayed(path: Path, strategy: Strategy, dim: int) -> Iterator[ReplayedInference]:
+    for record in read_records(path):
+        if isinstance(record, InferenceRecord):
+            yield _again(record, strategy, load_observation(path, record), dim)
+
+
+def _again(
+    record: InferenceRecord, strategy: Strategy, observation: dict[str, object], dim: int
+) -> ReplayedInference:
+    request = Request(
+        index=record.index,
+        observation=observation,
+        tick=record.tick,
+        ahead=np.array(record.ahead, np.float32).reshape(-1, dim),
+        delay_ticks=record.delay_ticks,
+        seed=record.seed,
+    )
+    failed, chunk = False, None
+    try:
+        chunk = strategy.predict(request)
+    except QuantVLAError:
+        failed = True
+    recorded = None if record.chunk is None else np.array(record.chunk, np.float32)
+    same = failed and recorded is None
+    difference = None
+    if chunk is not None and recorded is not None and chunk.shape == recorded.shape:
+        same = bool(np.array_equal(chunk, recorded))
+        difference = float(np.abs(chunk - recorded).max())
+    return ReplayedInference(
+        index=record.index,
+        tick=record.tick,
+        identical=same,
+        max_abs=difference,
+        latency_ms=record.latency_ms,
+    )
