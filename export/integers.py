@@ -12,30 +12,32 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
-from quantvla.export.half_scales import OPERATOR
-from quantvla.quantizer import QuantizedWeight, unpack_int4
+from quantvla.export.kernels import INT8_ACCURACY_LEVEL, KERNELS, MATMUL_NBITS
+from quantvla.quantizer import QuantizedWeight, unpack_codes
 from quantvla.runtime.errors import explain
 from quantvla.runtime.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class IntegerSite:
-    """One integer linear of a graph: its site, stage and weight, and the bytes it takes in the file."""
+    """One integer linear of a graph: its site, stage, weight and bias, and the bytes of weight and scales in the file."""
 
     site: str
     stage: str
     weight: QuantizedWeight
+    bias: Tensor | None
     stored_bytes: int
 
 
 def integer_sites(directory: Path, manifest: Manifest) -> Iterator[IntegerSite]:
-    """Yield every ``MatMulNBits`` of an engine, in graph order."""
+    """Yield every integer linear of an engine, in graph order."""
     sites = set()
     for stage in manifest.stages:
         model = ir.load(directory / stage.file)
         for node in model.graph:
-            if node.op_type == OPERATOR:
+            if node.op_type in KERNELS:
                 found = _read(node, stage.name)
                 if found.site not in sites:
                     sites.add(found.site)
@@ -44,26 +46,43 @@ def integer_sites(directory: Path, manifest: Manifest) -> Iterator[IntegerSite]:
 
 def site_name(node: ir.Node) -> str:
     """Return the site an integer kernel stands for, from the name of its weight."""
-    weight = node.inputs[1]
+    weight = node.inputs[KERNELS[node.op_type].weight]
     name = (weight.name if weight is not None else None) or ""
     return name.removeprefix("policy.").removesuffix(".qweight")
 
 
 def _read(node: ir.Node, stage: str) -> IntegerSite:
-    codes, scales = _constant(node, 1), _constant(node, 2)
-    packed = torch.from_numpy(np.array(codes.numpy()))
-    half = torch.from_numpy(np.array(scales.numpy()))
-    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-    weight = QuantizedWeight(
-        codes=unpack_int4(packed.view(packed.shape[0], -1)),
-        scales=half.half(),
-        bits=bits,
-        block=block,
-    )
+    kernel = KERNELS[node.op_type]
+    codes, scales = _constant(node, kernel.weight), _constant(node, kernel.scales)
+    has_bias = len(node.inputs) > kernel.bias and node.inputs[kernel.bias] is not None
     return IntegerSite(
         site=site_name(node),
-        stage=stage, weight=weight, stored_bytes=codes.nbytes + scales.nbytes,
-    )  # fmt: skip
+        stage=stage,
+        weight=_weight(node, _tensor(codes), _tensor(scales).half()),
+        bias=_tensor(_constant(node, kernel.bias)) if has_bias else None,
+        stored_bytes=codes.nbytes + scales.nbytes,
+    )
+
+
+def _weight(node: ir.Node, codes: Tensor, scales: Tensor) -> QuantizedWeight:
+    if node.op_type != MATMUL_NBITS.operator:
+        return QuantizedWeight(
+            codes.t().contiguous(), scales.view(-1, 1), bits=8, block=codes.shape[0],
+            inputs="uint8_tensor",
+        )  # fmt: skip
+    bits = node.attributes["bits"].as_int()
+    int8 = node.attributes["accuracy_level"].as_int() == INT8_ACCURACY_LEVEL
+    return QuantizedWeight(
+        codes=unpack_codes(codes.view(codes.shape[0], -1), bits),
+        scales=scales,
+        bits=bits,
+        block=node.attributes["block_size"].as_int(),
+        inputs="int8_block" if int8 else "float",
+    )
+
+
+def _tensor(constant: ir.TensorProtocol) -> Tensor:
+    return torch.from_numpy(np.array(constant.numpy()))
 
 
 def _constant(node: ir.Node, index: int) -> ir.TensorProtocol:
@@ -73,7 +92,7 @@ def _constant(node: ir.Node, index: int) -> ir.TensorProtocol:
         value = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
     if value is None or value.const_value is None:
         raise explain(
-            node.name or OPERATOR,
+            node.name or node.op_type,
             f"input {index} is not stored in the graph",
             remedy="export again",
         )

@@ -1,62 +1,109 @@
-"""Lowering for ONNX Runtime on a CPU: a W4A8 site becomes one ``MatMulNBits`` node with int8 activations."""
+"""Lowering for ONNX Runtime on a CPU: an integer site becomes one node.
+
+Weights with block scales become ``MatMulNBits`` (4 or 8 bits), its inputs int8 or float; weights with
+one scale a row and inputs with one scale a tensor become ``DynamicQuantizeMatMul``, plain 8-bit.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from quantvla.export.kernels import (
+    DYNAMIC_MATMUL,
+    FLOAT_ACCURACY_LEVEL,
+    INT8_ACCURACY_LEVEL,
+    MATMUL_NBITS,
+)
 from quantvla.quantized_linear import QuantizedLinear
-from quantvla.quantizer import pack_int4
+from quantvla.quantizer import pack_codes
 from quantvla.runtime.errors import explain
+from quantvla.schemes import INTEGER_SCHEMES
 
-OPERATOR = "com.microsoft::MatMulNBits"
-INT8_ACTIVATIONS = 4  # the operator's accuracy_level: activations are quantized to int8 per block
+DOMAIN = "com.microsoft"
+Attributes = dict[  # as torch declares them
+    str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
+]
 
 
-class MatMulNBitsLinear(nn.Module):
-    """Exports as ``MatMulNBits``: x (..., in) -> (..., out) float32.
+class _KernelLinear(nn.Module):
+    """A site's constants, and its node: x (..., in) -> (..., out) float32."""
 
-    ``qweight``: (out, in / block, block / 2) uint8, two codes with offset 8 to a byte, low nibble
-    first; ``scales``: (out, in / block) float32 holding half-precision values.
-    """
-
-    def __init__(self, linear: QuantizedLinear) -> None:
+    def __init__(self, linear: QuantizedLinear, qweight: Tensor, scales: Tensor) -> None:
         super().__init__()
-        weight = linear.quantized
-        out_features, in_features = weight.codes.shape
-        self.out_features, self.in_features, self.block = out_features, in_features, weight.block
-        packed = pack_int4(weight.codes)
+        self.out_features, self.in_features = linear.quantized.codes.shape
         self.qweight: Tensor
         self.scales: Tensor
         self.bias: Tensor | None
-        self.register_buffer("qweight", packed.view(out_features, -1, weight.block // 2))
-        self.register_buffer("scales", weight.scales.float())
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", scales)
         self.register_buffer("bias", linear.bias)
         self.weight = torch.empty(0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        inputs: list[Tensor | None] = [x, self.qweight, self.scales]
+    def node(self, operator: str, x: Tensor, bias_at: int, attributes: Attributes) -> Tensor:
+        """Return the output of the operator on x, the weight, the scales and, at its place, the bias."""
+        inputs: Sequence[Tensor | None] = [x, self.qweight, self.scales]
         if self.bias is not None:
-            inputs += [None, None, self.bias]
+            inputs = [*inputs, *[None] * (bias_at - len(inputs)), self.bias]
         out: Tensor = torch.onnx.ops.symbolic(
-            OPERATOR,
+            f"{DOMAIN}::{operator}",
             inputs,
-            attrs={
-                "K": self.in_features, "N": self.out_features, "bits": 4, "block_size": self.block,
-                "accuracy_level": INT8_ACTIVATIONS,
-            },
-            dtype=torch.float32, shape=(*x.shape[:-1], self.out_features), version=1,
-        )  # fmt: skip
+            attrs=attributes,
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+        )
         return out
+
+
+class MatMulNBitsLinear(_KernelLinear):
+    """Exports as ``MatMulNBits``.
+
+    ``qweight``: (out, in / block, bytes of a block) uint8, see `pack_codes`; ``scales``:
+    (out, in / block) float32 holding half-precision values.
+    """
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        weight = linear.quantized
+        packed = pack_codes(weight.codes, weight.bits)
+        blocks = weight.scales.shape[1]
+        super().__init__(linear, packed.view(packed.shape[0], blocks, -1), weight.scales.float())
+        self._attributes: Attributes = {
+            "K": self.in_features, "N": self.out_features, "bits": weight.bits,
+            "block_size": weight.block,
+            "accuracy_level": FLOAT_ACCURACY_LEVEL if weight.inputs == "float" else INT8_ACCURACY_LEVEL,
+        }  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.node(MATMUL_NBITS.operator, x, MATMUL_NBITS.bias, self._attributes)
+
+
+class DynamicMatMulLinear(_KernelLinear):
+    """Exports as ``DynamicQuantizeMatMul``.
+
+    ``qweight``: (in, out) int8; ``scales``: (out,) float32 holding half-precision values.
+    """
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        weight = linear.quantized
+        super().__init__(linear, weight.codes.t().contiguous(), weight.scales.float().view(-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.node(DYNAMIC_MATMUL.operator, x, DYNAMIC_MATMUL.bias, {})
 
 
 def lower(site: str, linear: QuantizedLinear) -> nn.Module:
     """Return the module that exports as this target's kernel for the site."""
-    if linear.quantized.bits != 4:
-        raise explain(
-            site,
-            "no kernel on target 'cpu' for weights of this width",
-            got=linear.quantized.bits,
-            remedy="plan it as w4a8 or float",
-        )
-    return MatMulNBitsLinear(linear)
+    bits, inputs = linear.quantized.bits, linear.quantized.inputs
+    if inputs == "uint8_tensor" and bits == 8:
+        return DynamicMatMulLinear(linear)
+    if inputs != "uint8_tensor" and bits in (4, 8):
+        return MatMulNBitsLinear(linear)
+    raise explain(
+        site,
+        "no kernel on target 'cpu' for weights of this width",
+        got=f"{bits} with {inputs} inputs",
+        remedy=f"plan it as {', '.join(INTEGER_SCHEMES)} or float",
+    )

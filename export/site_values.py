@@ -14,8 +14,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from quantvla.export.graphs import save_graph
-from quantvla.export.half_scales import OPERATOR
 from quantvla.export.integers import site_name
+from quantvla.export.kernels import KERNELS
 from quantvla.runtime.manifest import StageSpec
 
 
@@ -37,7 +37,7 @@ class Probe:
         self._sites: list[tuple[str, str, str]] = []
         outputs: dict[str, ir.Value] = {}
         for node in model.graph:
-            if node.op_type == OPERATOR:
+            if node.op_type in KERNELS:
                 x, y = node.inputs[0], node.outputs[0]
                 assert x is not None and x.name and y.name
                 outputs |= {x.name: x, y.name: y}

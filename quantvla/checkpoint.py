@@ -1,7 +1,7 @@
 """The quantized checkpoint: a directory with integer weights, the float rest, and how it was made.
 
 policy/                 the LeRobot checkpoint without the weights that are integers or dropped
-quantized.safetensors   <site>.codes (packed) and <site>.scales
+quantized.safetensors   <site>.codes (`pack_codes`) and <site>.scales
 quantized.json          `CheckpointCard`: recipe, plan, calibration, reports, checksums
 """
 
@@ -24,7 +24,7 @@ from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
 from quantvla.passes.base import PassReport
 from quantvla.plan import Plan
 from quantvla.quantized_linear import QuantizedLinear
-from quantvla.quantizer import QuantizedWeight, pack_int4, unpack_int4
+from quantvla.quantizer import QuantizedWeight, pack_codes, unpack_codes
 from quantvla.recipe import Recipe
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file
@@ -75,7 +75,7 @@ def write_checkpoint(
     _write_policy(directory / POLICY, loaded, absent_parameters(card.plan, loaded.policy))
     tensors: dict[str, Tensor] = {}
     for site, weight in weights.items():
-        tensors[f"{site}.codes"] = pack_int4(weight.codes)
+        tensors[f"{site}.codes"] = pack_codes(weight.codes, weight.bits)
         tensors[f"{site}.scales"] = weight.scales
     save_file(tensors, directory / WEIGHTS)
     files = {
@@ -142,8 +142,9 @@ def read_weights(directory: Path, plan: Plan) -> dict[str, QuantizedWeight]:
     tensors = load_file(directory / WEIGHTS)
     return {
         entry.site: QuantizedWeight(
-            unpack_int4(tensors[f"{entry.site}.codes"]), tensors[f"{entry.site}.scales"],
-            bits=entry.scheme.weight_bits, block=entry.scheme.block,
+            unpack_codes(tensors[f"{entry.site}.codes"], entry.scheme.weight_bits),
+            tensors[f"{entry.site}.scales"],
+            bits=entry.scheme.weight_bits, block=entry.scheme.block, inputs=entry.scheme.inputs,
         )
         for entry in plan.quantized
     }  # fmt: skip

@@ -25,6 +25,7 @@ from quantvla.quantizer import QuantizedWeight
 from quantvla.recipe import Recipe
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import atomic_directory, sha256_tree, write_atomic
+from quantvla.schemes import Inputs
 from quantvla.versions import compiler_versions
 
 
@@ -112,6 +113,16 @@ def _require_complete(plan: Plan, store: DirectoryStore, recipe: Recipe) -> None
                 f"planned as {entry.scheme.name}, but no pass of recipe {recipe.name!r} quantizes it",
                 remedy="add a pass that does (round_weights)",
             )
+        weight, scheme = store.get(entry.site), entry.scheme
+        found = (weight.bits, weight.block, weight.inputs)
+        if found != (scheme.weight_bits, scheme.block, scheme.inputs):
+            raise explain(
+                entry.site,
+                f"a pass of recipe {recipe.name!r} left another format than the planned {scheme.name} "
+                f"({scheme.weight_bits} bits, block {scheme.block}, inputs {scheme.inputs})",
+                got=f"{weight.bits} bits, block {weight.block}, inputs {weight.inputs}",
+                remedy="this is a defect of that pass: report it",
+            )
 
 
 def _open_work(output: Path, source: str, calibration: str, recipe: Recipe, seed: int) -> Path:
@@ -140,7 +151,11 @@ class DirectoryStore:
 
     def put(self, site: str, weight: QuantizedWeight) -> None:
         """Keep the weight of a site."""
-        metadata = {"bits": str(weight.bits), "block": str(weight.block)}
+        metadata = {
+            "bits": str(weight.bits),
+            "block": str(weight.block),
+            "inputs": weight.inputs,
+        }
         write_atomic(
             self._path(site), save({"codes": weight.codes, "scales": weight.scales}, metadata)
         )
@@ -153,6 +168,7 @@ class DirectoryStore:
                 return QuantizedWeight(
                     stored.get_tensor("codes"), stored.get_tensor("scales"),
                     bits=int(metadata["bits"]), block=int(metadata["block"]),
+                    inputs=msgspec.convert(metadata["inputs"], Inputs),
                 )  # fmt: skip
         except (SafetensorError, OSError) as error:
             raise explain(

@@ -1,7 +1,8 @@
 """The reference integer arithmetic: every quantizer, packer and kernel is checked against this file.
 
 Weights are symmetric, block-wise along the input dimension. Activations are symmetric int8 per
-token and block, which is what ONNX Runtime's ``MatMulNBits`` computes with ``accuracy_level=4``.
+token and block, which is what ONNX Runtime's ``MatMulNBits`` computes with ``accuracy_level=4``, or
+uint8 with one zero point and scale for all tokens, which is its ``DynamicQuantizeMatMul``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantvla.schemes import Inputs
+
 INT8_MAX = 127
+UINT8_MAX = 255
 _SCALE_CANDIDATES = 48
 _SMALLEST_RATIO = 0.5
 _REFITS = 2
@@ -24,12 +28,14 @@ class QuantizedWeight:
 
     ``codes``: (out, in) int8 in [-2^(bits-1), 2^(bits-1) - 1]; ``scales``: (out, in / block)
     float16. The weight they stand for is ``codes * scales`` with each scale spread over its block.
+    ``inputs`` is what a kernel multiplies them with (see `Scheme`).
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
     block: int
+    inputs: Inputs = "int8_block"
 
     def dequantize(self) -> Tensor:
         """Return the represented weight: (out, in) float32."""
@@ -39,7 +45,11 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-    weight: Tensor, bits: int, block: int, importance: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    block: int,
+    importance: Tensor | None = None,
+    inputs: Inputs = "int8_block",
 ) -> QuantizedWeight:
     """Round ``weight`` (out, in) to integers with the block scales of least weighted error.
 
@@ -60,7 +70,7 @@ def quantize_weight(
     for _ in range(_REFITS):
         search.consider(search.refit())
     codes = _round_to(blocks, search.scale, high).to(torch.int8).view(rows, columns)
-    return QuantizedWeight(codes, search.scale.half(), bits, block)
+    return QuantizedWeight(codes, search.scale.half(), bits, block, inputs)
 
 
 class _ScaleSearch:
@@ -107,23 +117,66 @@ def quantize_activation(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def integer_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """Return ``x W^T + b`` in integer arithmetic: x (..., in) -> (..., out) float32.
+def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes with the zero point taken off, like ``x``, as float32, and the scale (a scalar).
 
-    Within a block the dot product of int8 activation codes and integer weight codes is exact;
-    the block sums are scaled and added in float32.
+    uint8 over the range of the whole tensor, extended to contain 0 (ONNX ``DynamicQuantizeLinear``).
     """
+    low, high = x.float().min().clamp_max(0), x.float().max().clamp_min(0)
+    scale = (high - low) / UINT8_MAX
+    if scale == 0:
+        return torch.zeros_like(x, dtype=torch.float32), torch.ones(())
+    zero = (-low / scale).round().clamp(0, UINT8_MAX)
+    return ((x.float() / scale).round() + zero).clamp(0, UINT8_MAX) - zero, scale
+
+
+def represented_input(x: Tensor, block: int, inputs: Inputs) -> Tensor:
+    """Return what a kernel makes of ``x`` (tokens, in): the numbers its input codes stand for, float32."""
+    if inputs == "float":
+        return x.float()
+    if inputs == "uint8_tensor":
+        codes, scale = quantize_tensor(x)
+        return codes * scale
+    codes, scale = quantize_activation(x, block)
+    return (codes * scale[..., None]).view_as(x)
+
+
+def integer_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return ``x W^T + b`` in the arithmetic of ``weight``: x (..., in) -> (..., out) float32.
+
+    Dot products of integer codes are exact; they are scaled and added in float32.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if weight.inputs == "float":
+        out = flat.float() @ weight.dequantize().t()
+    elif weight.inputs == "uint8_tensor":
+        codes, scale = quantize_tensor(flat)
+        dots = (codes.double() @ weight.codes.double().t()).float()
+        out = dots * (scale * weight.scales.float().view(1, -1))
+    else:
+        out = _blockwise(flat, weight)
+    if bias is not None:
+        out = out + bias.float()
+    return out.view(*x.shape[:-1], weight.codes.shape[0])
+
+
+def _blockwise(x: Tensor, weight: QuantizedWeight) -> Tensor:
     rows, columns = weight.codes.shape
-    flat = x.reshape(-1, columns)
-    codes, scale = quantize_activation(flat, weight.block)
+    codes, scale = quantize_activation(x, weight.block)
     weight_codes = weight.codes.view(rows, columns // weight.block, weight.block).float()
     # (blocks, tokens, block) @ (blocks, block, out): exact, every partial sum is below 2^24
     dots = torch.bmm(codes.transpose(0, 1), weight_codes.permute(1, 2, 0))
-    scaled = dots * scale.t()[..., None] * weight.scales.float().t()[:, None, :]
-    out = scaled.sum(0)
-    if bias is not None:
-        out = out + bias.float()
-    return out.view(*x.shape[:-1], rows)
+    return (dots * scale.t()[..., None] * weight.scales.float().t()[:, None, :]).sum(0)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Return codes (out, in) as they are stored, with an offset of 2^(bits-1): uint8, two to a byte if 4-bit."""
+    return pack_int4(codes) if bits == 4 else (codes.to(torch.int16) + 128).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Return the int8 codes (out, in) of `pack_codes`."""
+    return unpack_int4(packed) if bits == 4 else (packed.to(torch.int16) - 128).to(torch.int8)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

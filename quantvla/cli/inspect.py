@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from quantvla.cli import options
-from quantvla.runtime.manifest import check_files, encode_manifest, read_manifest
+from quantvla.export.integers import IntegerSite, integer_sites
+from quantvla.runtime.manifest import Manifest, check_files, encode_manifest, read_manifest
+from quantvla.schemes import scheme_name
 
 
 @click.command()
@@ -23,10 +25,15 @@ def inspect(engine: Path, as_json: bool) -> None:
     manifest = read_manifest(engine)
     check_files(engine, manifest)
     operators = {stage.name: _operators(engine / stage.file) for stage in manifest.stages}
+    formats = _formats(engine, manifest)
     if as_json:
         click.echo(
             msgspec.json.encode(
-                {"manifest": msgspec.Raw(encode_manifest(manifest)), "operators": operators}
+                {
+                    "manifest": msgspec.Raw(encode_manifest(manifest)),
+                    "operators": operators,
+                    "formats": formats,
+                }
             )
         )
         return
@@ -43,6 +50,52 @@ def inspect(engine: Path, as_json: bool) -> None:
             ", ".join(f"{count} {name}" for name, count in operators[stage.name].items()),
         )  # fmt: skip
     Console().print(table)
+    if formats:
+        Console().print(_formats_table(formats))
+
+
+class Format(msgspec.Struct, frozen=True):
+    """One number format in one stage: how many linears have it, and their bytes with and without it.
+
+    ``block`` is 0 where a row of the weight has one scale.
+    """
+
+    stage: str
+    scheme: str
+    block: int
+    sites: int
+    bytes: int
+    half_bytes: int
+
+
+def _formats(engine: Path, manifest: Manifest) -> list[Format]:
+    """Return the number formats of the integer linears, in the order of the stages."""
+    found: dict[tuple[str, str, int], list[IntegerSite]] = {}
+    for site in integer_sites(engine, manifest):
+        weight = site.weight
+        block = weight.block if weight.scales.shape[1] > 1 else 0
+        found.setdefault((site.stage, scheme_name(weight.bits, weight.inputs), block), []).append(
+            site
+        )
+    return [
+        Format(
+            *key, len(sites), sum(site.stored_bytes for site in sites),
+            sum(2 * site.weight.codes.numel() for site in sites),
+        )
+        for key, sites in found.items()
+    ]  # fmt: skip
+
+
+def _formats_table(formats: list[Format]) -> Table:
+    table = Table(title="integer linears")
+    for column in ("stage", "scheme", "block", "linears", "MiB", "MiB in half precision"):
+        table.add_column(column, justify="left" if column in ("stage", "scheme") else "right")
+    for found in formats:
+        table.add_row(
+            found.stage, found.scheme, str(found.block or "row"), str(found.sites),
+            f"{found.bytes / 2**20:.2f}", f"{found.half_bytes / 2**20:.2f}",
+        )  # fmt: skip
+    return table
 
 
 def _operators(path: Path) -> dict[str, int]:

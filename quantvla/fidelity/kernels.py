@@ -12,7 +12,7 @@ from quantvla.export.integers import IntegerSite
 from quantvla.export.site_values import Probe, SiteValues
 from quantvla.fidelity.trajectories import Frame, Trajectory, visible
 from quantvla.progress import Progress
-from quantvla.quantizer import QuantizedWeight, integer_linear
+from quantvla.quantizer import integer_linear
 from quantvla.runtime.policy import Policy
 
 KERNEL_FRAMES = 8  # frames on which every kernel call is compared
@@ -27,7 +27,7 @@ def kernel_errors(
     progress: Progress,
 ) -> list[float]:
     """Return the relative error of every kernel call on the first frames, on the engine's own inputs."""
-    sampler, weights = policy.manifest.sampler, {site.site: site.weight for site in integers}
+    sampler, sites = policy.manifest.sampler, {site.site: site for site in integers}
     probes = [Probe(engine, stage) for stage in policy.manifest.stages] if integers else []
     errors = []
     for index, frame in enumerate(frames[:KERNEL_FRAMES] if integers else ()):
@@ -38,10 +38,10 @@ def kernel_errors(
             known |= {sampler.state: x, sampler.time: np.array([t], np.float32)}
             for stage, probe in zip(policy.manifest.stages, probes, strict=True):
                 if stage.name == sampler.stage or t == sampler.timesteps[0]:
-                    errors += [_kernel_difference(v, weights[v.site]) for v in probe(known)]
+                    errors += [_kernel_difference(v, sites[v.site]) for v in probe(known)]
     return errors
 
 
-def _kernel_difference(values: SiteValues, weight: QuantizedWeight) -> float:
-    expected = integer_linear(torch.from_numpy(values.x), weight).numpy()
+def _kernel_difference(values: SiteValues, site: IntegerSite) -> float:
+    expected = integer_linear(torch.from_numpy(values.x), site.weight, site.bias).numpy()
     return float(np.abs(values.y - expected).max() / max(float(np.abs(expected).max()), 1e-12))

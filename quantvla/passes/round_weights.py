@@ -36,7 +36,11 @@ class RoundWeights(
             if entry.site not in subject.weights:
                 importance = moment if self.weighting == "second_moment" else None
                 weight = quantize_weight(
-                    linear.weight, entry.scheme.weight_bits, entry.scheme.block, importance
+                    linear.weight,
+                    entry.scheme.weight_bits,
+                    entry.scheme.block,
+                    importance,
+                    entry.scheme.inputs,
                 )
                 subject.weights.put(entry.site, weight)
             errors.append(

@@ -31,6 +31,7 @@ LAYERS = {
         "quantvla.progress",
         "quantvla.quantized_linear",
         "quantvla.quantizer",
+        "quantvla.schemes",
         "quantvla.versions",
     ),
 }

@@ -5,11 +5,16 @@ import torch
 
 from quantvla.quantizer import (
     integer_linear,
+    pack_codes,
     pack_int4,
     quantize_activation,
+    quantize_tensor,
     quantize_weight,
+    represented_input,
+    unpack_codes,
     unpack_int4,
 )
+from quantvla.schemes import INTEGER_SCHEMES, resolve_scheme
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -105,3 +110,41 @@ def test_a_zero_token_gives_the_bias() -> None:
     weight = quantize_weight(random(8, 32), 4, 32)
     bias = random(8, seed=1)
     assert torch.equal(integer_linear(torch.zeros(1, 32), weight, bias)[0], bias)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_keeps_every_code_of_its_width(bits: int) -> None:
+    half = 2 ** (bits - 1)
+    codes = torch.arange(-half, half, dtype=torch.int16).to(torch.int8).repeat(3, 1)
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 2 * half * bits // 8)
+    assert torch.equal(unpack_codes(packed, bits), codes)
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
+def test_per_tensor_codes_span_the_range_with_zero_in_it(shift: float) -> None:
+    x = random(5, 64) + shift
+    codes, scale = quantize_tensor(x)
+    assert codes.max() - codes.min() <= 255 and bool((codes == codes.round()).all())
+    assert float((codes * scale - x).abs().max()) <= float(scale) * (1 + 1e-5)
+    assert torch.equal(quantize_tensor(torch.zeros(2, 3))[0], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("name", INTEGER_SCHEMES)
+def test_every_scheme_multiplies_what_its_weight_and_its_input_stand_for(name: str) -> None:
+    scheme = resolve_scheme(name, (32,), site="site", in_features=96)
+    weight = quantize_weight(
+        random(40, 96, seed=2), scheme.weight_bits, scheme.block, inputs=scheme.inputs
+    )
+    x, bias = random(3, 7, 96), random(40, seed=5)
+    x_hat = represented_input(x.view(21, 96), scheme.block, scheme.inputs).double()
+    expected = (x_hat @ weight.dequantize().double().t() + bias).view(3, 7, 40)
+    assert torch.allclose(integer_linear(x, weight, bias).double(), expected, atol=1e-5)
+
+
+def test_eight_bit_weights_are_at_least_ten_times_nearer_than_four_bit_ones() -> None:
+    weight = random(24, 128)
+    four, eight = (
+        float((weight - quantize_weight(weight, b, 32).dequantize()).norm()) for b in (4, 8)
+    )
+    assert eight * 10 < four
