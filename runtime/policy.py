@@ -20,6 +20,7 @@ from quantvla.runtime.errors import explain
 from quantvla.runtime.guidance import ActionPrefix, Guidance, make_guidance
 from quantvla.runtime.manifest import Manifest, check_files, read_manifest
 from quantvla.runtime.preprocess import Observation, Postprocessor, Preprocessor
+from quantvla.runtime.sampler import standard_noise
 from quantvla.runtime.wiring import check_wiring
 
 FloatArray = NDArray[np.float32]
@@ -141,7 +142,7 @@ class Policy:
     def sample_noise(self, seed: int | None = None) -> FloatArray:
         """Return standard normal noise, (1, horizon, padded) float32, from ``seed`` or the generator."""
         generator = self._generator if seed is None else np.random.default_rng(seed)
-        return generator.standard_normal(self.manifest.sampler.noise_shape, dtype=np.float32)
+        return standard_noise(generator, self.manifest.sampler.noise_shape)
 
     def warm_up(self, runs: int = 1) -> None:
         """Predict ``runs`` chunks of a blank observation, so that the first real one is not slow.

@@ -1,4 +1,4 @@
-"""Integration of a velocity field from noise to actions."""
+"""Noise, and the integration of a velocity field from it to actions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 Velocity = Callable[[FloatArray, float], FloatArray]
 Observer = Callable[[FloatArray, FloatArray], None]
+
+
+def standard_noise(generator: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
+    """Return the next standard normal float32 noise of ``generator``."""
+    return generator.standard_normal(shape, dtype=np.float32)
 
 
 def euler_integrate(

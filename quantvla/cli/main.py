@@ -19,22 +19,26 @@ COMMANDS = {
     "inspect": "inspect:inspect",
     "verify": "verify:verify",
     "bench": "bench:bench",
+    "serve": "serve:serve",
     "eval": "eval:evaluate",
     "run": "run:run",
     "replay": "replay:replay",
     "calib": "calib:calib",
     "demo": "demo:demo",
 }
-_COMPILER_MODULES = {
-    "torch",
-    "lerobot",
-    "transformers",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-    "scipy",
-    "matplotlib",
-    "jinja2",
+_EXTRAS = {
+    "compile": {
+        "torch",
+        "lerobot",
+        "transformers",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "scipy",
+        "matplotlib",
+        "jinja2",
+    },
+    "serve": {"websockets", "prometheus_client"},
 }
 
 
@@ -49,11 +53,13 @@ class _LazyGroup(click.Group):
         try:
             command: Any = getattr(importlib.import_module(f"quantvla.cli.{module}"), attribute)
         except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in _COMPILER_MODULES:
+            missing = (error.name or "").split(".")[0]
+            extra = next((name for name, modules in _EXTRAS.items() if missing in modules), None)
+            if extra is None:
                 raise
             raise QuantVLAError(
-                f"quantvla {cmd_name}: needs the compiler, and {error.name} is not installed here; "
-                "install it with: pip install 'quantvla[compile]'"
+                f"quantvla {cmd_name}: {missing} is not installed here; "
+                f"install it with: pip install 'quantvla[{extra}]'"
             ) from error
         assert isinstance(command, click.Command)
         return command
@@ -71,6 +77,7 @@ _SUMMARIES = {
     "inspect": "Print what an engine is made of.",
     "verify": "Compare an engine with the float policy.",
     "bench": "Measure latency and memory of an engine.",
+    "serve": "Serve an engine over the network.",
     "eval": "Run policies and engines in closed loop.",
     "run": "Drive a robot with an engine.",
     "replay": "Run a trace again and compare bit by bit.",

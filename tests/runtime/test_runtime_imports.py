@@ -15,6 +15,7 @@ import quantvla.runtime
 FOLDER = Path(quantvla.runtime.__file__).parent
 SOURCES = sorted(FOLDER.rglob("*.py"))
 LIBRARIES = {"numpy", "msgspec", "safetensors", "tokenizers", "PIL", "onnxruntime"}
+EXTRA_LIBRARIES = {"serve": {"websockets", "prometheus_client"}}
 NEW_IN_311 = {"tomllib", "wsgiref.types"}
 
 BLOCKED_RUN = """
@@ -45,11 +46,18 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_only_allowed_imports(path: Path) -> None:
+    allowed = LIBRARIES | sys.stdlib_module_names | EXTRA_LIBRARIES.get(path.parent.name, set())
     for name in _imports(ast.parse(path.read_text())):
         top = name.partition(".")[0]
         own = name == "quantvla.runtime" or name.startswith("quantvla.runtime.")
-        assert own or top in LIBRARIES | sys.stdlib_module_names, f"{path.name} imports {name}"
+        assert own or top in allowed, f"{path.name} imports {name}"
         assert name not in NEW_IN_311, f"{path.name}: {name} is not in Python 3.10"
+
+
+def test_the_base_install_does_not_need_an_extra() -> None:
+    for path in FOLDER.glob("*.py"):
+        for name in _imports(ast.parse(path.read_text())):
+            assert not name.startswith(tuple(f"quantvla.runtime.{extra}" for extra in EXTRA_LIBRARIES)), path  # fmt: skip
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -85,3 +85,7 @@ def test_wheel_without_extras_runs_an_engine(pristine_engine: Path, tmp_path: Pa
         )
     )
     assert report["versions"]["quantvla"] == quantvla.__version__
+    serve = subprocess.run(
+        [scripts / "quantvla", "serve", pristine_engine], capture_output=True, text=True
+    )
+    assert serve.returncode == 2 and "pip install 'quantvla[serve]'" in serve.stderr
