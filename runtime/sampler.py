@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from quantvla.runtime.errors import explain
+from quantvla.runtime.manifest import EulerSampler
 
 FloatArray = NDArray[np.float32]
 Velocity = Callable[[FloatArray, float], FloatArray]
@@ -37,3 +41,21 @@ def euler_integrate(
             observe(x, v)
         x = x + dt * v
     return x
+
+
+def with_steps(sampler: EulerSampler, steps: int) -> EulerSampler:
+    """Return the sampler that covers the same span of time in ``steps`` equal steps.
+
+    Raises `QuantVLAError` for a number below one or one above the policy's own.
+    """
+    own = len(sampler.timesteps)
+    if not 1 <= steps <= own:
+        raise explain(
+            "denoise steps",
+            f"expected 1 to {own}, which the policy was made for",
+            got=steps,
+            remedy="choose a number in that range",
+        )
+    step = sampler.step * own / steps
+    timesteps = tuple(sampler.timesteps[0] + index * step for index in range(steps))
+    return msgspec.structs.replace(sampler, timesteps=timesteps, step=step)

@@ -11,10 +11,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from quantvla.runtime.errors import QuantVLAError, explain
+from quantvla.cli.arm_arguments import parse_arms
+from quantvla.runtime.errors import explain
 
 if TYPE_CHECKING:
     from quantvla.evaluate.arms import Arm
+    from quantvla.evaluate.environment import Simulator
     from quantvla.evaluate.results import Evaluation
 
 RESULT_FILE = "evaluation.json"
@@ -28,6 +30,13 @@ FILM_TASKS = 4
 @click.option("--episodes", default=20, show_default=True, help="Episodes per task.")
 @click.option("--seed", default=0, show_default=True, help="Which goals and flow noise (0 to 99).")
 @click.option("--execute", type=int, help="Actions run of each chunk [default: the policy's].")
+@click.option("--steps", type=int, help="Denoise steps [default: the policy's].")
+@click.option(
+    "--perturb",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Make the tasks harder: camera (metres), light, goals (shares), actions (deviation). Repeatable.",
+)
 @click.option("--processes", type=click.IntRange(min=1), help="Workers [default: all cores].")
 @click.option(
     "-o",
@@ -43,6 +52,8 @@ def evaluate(
     episodes: int,
     seed: int,
     execute: int | None,
+    steps: int | None,
+    perturb: Sequence[str],
     processes: int | None,
     output: Path | None,
     film: bool,
@@ -56,39 +67,28 @@ def evaluate(
         quantvla eval float=CHECKPOINT_DIR w4a8=ENGINE_DIR --episodes 20 -o build/eval
     """
     from quantvla.evaluate import closed_loop
+    from quantvla.evaluate.environment import MetaWorld
+    from quantvla.evaluate.perturbation import parse_perturbation
     from quantvla.runtime.files import write_atomic
 
     if film and output is None:
         raise explain("--film", "has no place to go", remedy="give an output directory with -o")
     named = parse_arms(arms)
-    plan = closed_loop.EvaluationPlan(tuple(tasks.split(",")), episodes, seed, execute)
+    simulator = MetaWorld(parse_perturbation(perturb))
+    plan = closed_loop.EvaluationPlan(tuple(tasks.split(",")), episodes, seed, execute, steps)
     journal = None if output is None else output / closed_loop.JOURNAL_FILE
-    result = closed_loop.evaluate(named, plan, processes=processes, journal=journal)
+    result = closed_loop.evaluate(
+        named, plan, processes=processes, journal=journal, simulator=simulator
+    )
     encoded = msgspec.json.format(msgspec.json.encode(result), indent=2)
     if output is not None:
         write_atomic(output / RESULT_FILE, encoded + b"\n")
         if film:
-            _write_film(named, result, output / FILM_FILE)
+            _write_film(named, result, output / FILM_FILE, simulator)
     if as_json:
         click.echo(encoded.decode())
     else:
         print_evaluation(result, Console())
-
-
-def parse_arms(arguments: Sequence[str]) -> tuple[Arm, ...]:
-    """Return the arms of ``NAME=DIRECTORY`` arguments. Raises `QuantVLAError` for any other form."""
-    from quantvla.evaluate.arms import identify_arm
-
-    arms = []
-    for argument in arguments:
-        name, equals, directory = argument.partition("=")
-        if not (name and equals and directory):
-            raise QuantVLAError(
-                f"arm: expected NAME=DIRECTORY, got {argument!r}; "
-                "write for example float=examples/metaworld/policy"
-            )
-        arms.append(identify_arm(name, Path(directory)))
-    return tuple(arms)
 
 
 def print_evaluation(result: Evaluation, console: Console) -> None:
@@ -106,6 +106,11 @@ def print_evaluation(result: Evaluation, console: Console) -> None:
     table.add_section()
     table.add_row("all", *(format_rate(arm) for arm in result.arms.values()), style="bold")
     console.print(table)
+    if result.perturbation or result.denoise_steps is not None:
+        changes = [f"{name} {value:g}" for name, value in result.perturbation.items()]
+        if result.denoise_steps is not None:
+            changes.append(f"{result.denoise_steps} denoise steps")
+        console.print(f"The tasks are changed: {', '.join(changes)}")
     if result.pairs:
         console.print(_pair_table(result))
     if not result.shared_noise:
@@ -131,12 +136,12 @@ def _pair_table(result: Evaluation) -> Table:
     return table
 
 
-def _write_film(arms: Sequence[Arm], result: Evaluation, path: Path) -> None:
+def _write_film(arms: Sequence[Arm], result: Evaluation, path: Path, simulator: Simulator) -> None:
     from quantvla.evaluate.rollouts import record_rollouts
     from quantvla.report.film import write_film
 
     console = Console(stderr=True)
     tasks = result.tasks[:FILM_TASKS]
     with console.status(f"filming {', '.join(tasks)}"):
-        write_film(tuple(record_rollouts(arms, tasks, seed=result.seed)), path)
+        write_film(tuple(record_rollouts(arms, tasks, seed=result.seed, simulator=simulator)), path)
     console.print(f"film: {path}")

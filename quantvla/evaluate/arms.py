@@ -20,7 +20,7 @@ from quantvla.runtime.manifest import MANIFEST_FILE, read_manifest
 
 CHECKPOINT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-QUANTIZED_FILE = "quantized.json"
+QUANTIZED_FILE, QUANTIZED_POLICY = "quantized.json", "policy"
 TASK_KEY = "task"
 
 
@@ -58,13 +58,17 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arm(msgspec.Struct, frozen=True, kw_only=True):
-    """One named policy of a comparison: a LeRobot checkpoint or an engine directory."""
+    """One named policy of a comparison: a LeRobot checkpoint, a quantized one, or an engine directory.
+
+    ``denoise_steps`` None runs as many as the policy was made for.
+    """
 
     name: str
     path: str
-    kind: Literal["checkpoint", "engine"]
+    kind: Literal["checkpoint", "quantized", "engine"]
     sha256: str
     contract: Contract
+    denoise_steps: int | None = None
 
 
 class _Feature(msgspec.Struct):
@@ -84,26 +88,24 @@ class _PolicyConfig(msgspec.Struct):
 
 
 def identify_arm(name: str, directory: Path) -> Arm:
-    """Return the arm in ``directory``: an engine if it has a manifest, a LeRobot checkpoint if it has a config.
+    """Return the arm in ``directory``: an engine if it has a manifest, a quantized checkpoint if it has a card,
+    a LeRobot checkpoint if it has a config.
 
     Raises `QuantVLAError` for anything else.
     """
     if (directory / MANIFEST_FILE).is_file():
         return _engine_arm(name, directory)
-    if (directory / CHECKPOINT_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
-        return _checkpoint_arm(name, directory)
     if (directory / QUANTIZED_FILE).is_file():
-        raise explain(
-            directory,
-            "a quantized checkpoint cannot be run",
-            remedy="export it first (`quantvla export`) and give the engine",
-        )
+        return _checkpoint_arm(name, directory, "quantized", directory / QUANTIZED_POLICY)
+    if (directory / CHECKPOINT_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
+        return _checkpoint_arm(name, directory, "checkpoint", directory)
     found = "no such directory"
     if directory.is_dir():
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:6]) or "an empty directory"
     raise explain(
         directory,
-        f"neither a LeRobot checkpoint ({CHECKPOINT_FILE}, {WEIGHTS_FILE}) nor an engine ({MANIFEST_FILE})",
+        f"neither a LeRobot checkpoint ({CHECKPOINT_FILE}, {WEIGHTS_FILE}), nor a quantized one "
+        f"({QUANTIZED_FILE}), nor an engine ({MANIFEST_FILE})",
         got=found,
         remedy=f"give arm {name!r} a policy directory",
     )
@@ -112,21 +114,42 @@ def identify_arm(name: str, directory: Path) -> Arm:
 def load_policy(arm: Arm) -> ChunkPolicy:
     """Load the policy of an arm with one thread, so that arms in parallel processes do not compete.
 
-    Raises `QuantVLAError` for a checkpoint where lerobot is not installed.
+    A quantized checkpoint runs in the torch reference of its integers. Raises `QuantVLAError` for
+    a checkpoint where lerobot is not installed.
     """
     if arm.kind == "engine":
-        from quantvla.runtime.policy import Policy
-
-        return Policy.from_pretrained(arm.path, threads=1)
+        return _load_engine(arm)
     if importlib.util.find_spec("lerobot") is None:
         raise explain(
             arm.path,
-            "a LeRobot checkpoint needs lerobot, which is not installed",
+            "a checkpoint needs lerobot, which is not installed",
             remedy="run `pip install quantvla[compile]`, or evaluate its engine",
         )
-    from quantvla.float_policy import FloatPolicy
+    if arm.kind == "checkpoint" and arm.denoise_steps is None:
+        from quantvla.float_policy import FloatPolicy
 
-    return FloatPolicy.from_pretrained(Path(arm.path), threads=1)
+        return FloatPolicy.from_pretrained(Path(arm.path), threads=1)
+    from quantvla.staged_policy import StagedPolicy
+
+    return StagedPolicy.from_pretrained(Path(arm.path), denoise_steps=arm.denoise_steps, threads=1)
+
+
+def _load_engine(arm: Arm) -> ChunkPolicy:
+    from quantvla.runtime.policy import Policy
+
+    if arm.denoise_steps is None:
+        return Policy.from_pretrained(arm.path, threads=1)
+    from quantvla.runtime.engine import Engine
+    from quantvla.runtime.manifest import check_files
+    from quantvla.runtime.sampler import with_steps
+
+    directory = Path(arm.path)
+    manifest = read_manifest(directory)
+    check_files(directory, manifest)
+    manifest = msgspec.structs.replace(
+        manifest, sampler=with_steps(manifest.sampler, arm.denoise_steps)
+    )
+    return Policy(directory, manifest, Engine(directory, manifest, threads=1))
 
 
 def _engine_arm(name: str, directory: Path) -> Arm:
@@ -145,11 +168,14 @@ def _engine_arm(name: str, directory: Path) -> Arm:
     return Arm(name=name, path=str(directory), kind="engine", sha256=digest, contract=contract)
 
 
-def _checkpoint_arm(name: str, directory: Path) -> Arm:
-    path = directory / CHECKPOINT_FILE
+def _checkpoint_arm(
+    name: str, directory: Path, kind: Literal["checkpoint", "quantized"], policy: Path
+) -> Arm:
+    """Return the arm of a checkpoint whose configuration is in ``policy``."""
+    path = policy / CHECKPOINT_FILE
     try:
         config = msgspec.json.decode(path.read_bytes(), type=_PolicyConfig)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (msgspec.ValidationError, msgspec.DecodeError, OSError) as error:
         raise explain(
             path,
             f"not the configuration of a chunk policy ({error})",
@@ -178,4 +204,4 @@ def _checkpoint_arm(name: str, directory: Path) -> Arm:
         noise_shape=(1, config.chunk_size, config.max_action_dim),
     )
     digest = sha256_tree(directory)
-    return Arm(name=name, path=str(directory), kind="checkpoint", sha256=digest, contract=contract)
+    return Arm(name=name, path=str(directory), kind=kind, sha256=digest, contract=contract)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,12 +32,16 @@ _VERSIONED = ("quantvla", "metaworld", "mujoco", "lerobot", "torch", "onnxruntim
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What to run: ``episodes`` of every task with ``seed``; ``execute`` actions of a chunk (None: the policy's own)."""
+    """What to run: ``episodes`` of every task with ``seed``.
+
+    ``execute`` actions of a chunk and ``denoise_steps`` of the sampler are the policy's own when None.
+    """
 
     tasks: tuple[str, ...]
     episodes: int
     seed: int = 0
     execute: int | None = None
+    denoise_steps: int | None = None
 
 
 def evaluate(
@@ -58,9 +63,10 @@ def evaluate(
     """
     simulator = MetaWorld() if simulator is None else simulator
     plan = _checked(arms, plan, simulator)
+    arms = [msgspec.structs.replace(arm, denoise_steps=plan.denoise_steps) for arm in arms]
     items = [Item(task, episode) for task in plan.tasks for episode in range(plan.episodes)]
     job = Job(tuple(arms), simulator, load, plan.seed, plan.execute)
-    with _recorder(job, journal) as recorder:
+    with _recorder(job, plan, journal) as recorder:
         done = {Item(r.task, r.episode): r for r in recorder.records}
         missing = [item for item in items if item not in done]
         if missing:
@@ -101,7 +107,7 @@ def _checked(arms: Sequence[Arm], plan: EvaluationPlan, simulator: Simulator) ->
                 got=plan.execute,
                 remedy="choose a number in that range",
             )
-    return EvaluationPlan(tasks, plan.episodes, plan.seed, plan.execute)
+    return replace(plan, tasks=tasks)
 
 
 @dataclass
@@ -115,7 +121,7 @@ class _Memory:
 
 
 @contextmanager
-def _recorder(job: Job, path: Path | None) -> Iterator[Journal | _Memory]:
+def _recorder(job: Job, plan: EvaluationPlan, path: Path | None) -> Iterator[Journal | _Memory]:
     if path is None:
         yield _Memory()
         return
@@ -125,6 +131,8 @@ def _recorder(job: Job, path: Path | None) -> Iterator[Journal | _Memory]:
         seed=job.seed,
         execute=job.execute,
         arms={arm.name: arm.sha256 for arm in job.arms},
+        perturbation=job.simulator.perturbation.as_dict(),
+        denoise_steps=plan.denoise_steps,
     )
     with Journal(path, header) as journal:
         yield journal
@@ -175,6 +183,8 @@ def _summary(
         shared_noise=len({arm.contract.noise_shape for arm in arms}) == 1,
         sources={arm.name: f"{arm.kind} {arm.sha256}" for arm in arms},
         versions=_versions(),
+        perturbation=simulator.perturbation.as_dict(),
+        denoise_steps=plan.denoise_steps,
     )
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from quantvla.evaluate import metaworld
 from quantvla.evaluate.arms import Arm
+from quantvla.evaluate.perturbation import UNCHANGED, Perturbation
 from quantvla.runtime.errors import explain, nearest
 
 ALL_TASKS = "all"
@@ -89,6 +90,11 @@ class Simulator(Protocol):
         """Length of an action."""
         ...
 
+    @property
+    def perturbation(self) -> Perturbation:
+        """How its tasks are changed."""
+        ...
+
     def check_installed(self) -> None:
         """Raise `QuantVLAError` with the remedy when the simulator cannot be imported."""
         ...
@@ -100,7 +106,9 @@ class Simulator(Protocol):
 
 @dataclass(frozen=True)
 class MetaWorld:
-    """The Meta-World tasks of `quantvla.evaluate.metaworld`."""
+    """The Meta-World tasks of `quantvla.evaluate.metaworld`, as they are or changed."""
+
+    perturbation: Perturbation = UNCHANGED
 
     @property
     def name(self) -> str:
@@ -145,8 +153,8 @@ class MetaWorld:
     def open(self, task: str, *, image_size: int | None = None) -> Environment:
         """Return the environment of ``task``."""
         if image_size is None:
-            return metaworld.MetaWorldEnv(task)
-        return metaworld.MetaWorldEnv(task, image_size=image_size)
+            return metaworld.MetaWorldEnv(task, perturbation=self.perturbation)
+        return metaworld.MetaWorldEnv(task, image_size=image_size, perturbation=self.perturbation)
 
 
 def select_tasks(simulator: Simulator, names: Sequence[str]) -> tuple[str, ...]:

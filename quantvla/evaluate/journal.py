@@ -9,9 +9,11 @@ from types import TracebackType
 
 import msgspec
 
+from quantvla.fidelity.smoothness import Smoothness
 from quantvla.runtime.errors import explain
 
 JOURNAL_VERSION = 1
+_START_AGAIN = "choose another output, or delete the file to start again"
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +25,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed: int
     execute: int | None
     arms: dict[str, str]
+    perturbation: dict[str, float] = {}
+    denoise_steps: int | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +35,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     success: bool
     steps: int
     total_reward: float
+    smoothness: Smoothness | None = None
 
 
 class EpisodeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,6 +103,15 @@ class Journal:
             ) from error
 
 
+def read_journal(path: Path) -> tuple[Header, tuple[EpisodeRecord, ...]]:
+    """Return the header and the finished episodes of a journal. Raises `QuantVLAError` for a damaged one."""
+    if not path.is_file():
+        raise explain(path, "no such journal", remedy="run the evaluation first")
+    lines, _ = _whole_lines(path)
+    header = _decode_header(path, lines[0] if lines else b"")
+    return header, _decode_records(path, lines[1:], header)
+
+
 def _whole_lines(path: Path) -> tuple[Sequence[bytes], int]:
     """Return the complete lines and how many bytes they take; a tail without a line end is left out."""
     data = path.read_bytes()
@@ -105,19 +119,22 @@ def _whole_lines(path: Path) -> tuple[Sequence[bytes], int]:
     return data[:kept].splitlines(), kept
 
 
-def _check_header(path: Path, line: bytes, expected: Header) -> None:
-    remedy = "choose another output, or delete the file to start again"
+def _decode_header(path: Path, line: bytes) -> Header:
     try:
-        found = msgspec.json.decode(line, type=Header)
+        return msgspec.json.decode(line, type=Header)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise explain(path, f"is not a journal ({error})", remedy=remedy) from error
+        raise explain(path, f"is not a journal ({error})", remedy=_START_AGAIN) from error
+
+
+def _check_header(path: Path, line: bytes, expected: Header) -> None:
+    found = _decode_header(path, line)
     for field in Header.__struct_fields__:
         if getattr(found, field) != getattr(expected, field):
             raise explain(
                 path,
                 f"is the journal of another evaluation: {field} expected {getattr(expected, field)}",
                 got=getattr(found, field),
-                remedy=remedy,
+                remedy=_START_AGAIN,
             )
 
 

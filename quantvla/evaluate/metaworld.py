@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quantvla.evaluate.perturbation import UNCHANGED, Perturbation, Perturber
+
 os.environ.setdefault(
     "MUJOCO_GL", "egl"
 )  # mujoco reads it when it is imported: render without a display
@@ -92,9 +94,13 @@ class MetaWorldEnv:
     """One Meta-World task that can be reset to any seed. Not thread-safe; one instance per process and task."""
 
     def __init__(
-        self, task: str, cameras: tuple[str, ...] = CAMERAS, image_size: int = 128
+        self,
+        task: str,
+        cameras: tuple[str, ...] = CAMERAS,
+        image_size: int = 128,
+        perturbation: Perturbation = UNCHANGED,
     ) -> None:
-        """Build the simulator of ``task``; the renderer is made at the first picture.
+        """Build the simulator of ``task``, changed by ``perturbation``; the renderer is made at the first picture.
 
         Raises ValueError for an unknown task and ImportError, with the remedy, when Meta-World is not installed.
         """
@@ -107,6 +113,7 @@ class MetaWorldEnv:
         self._env.set_task(benchmark.train_tasks[0])
         self._env.model.cam_pos[self._env.model.camera("corner2").id] = CORNER2_POSITION
         self._env.model.vis.quality.offsamples = 0
+        self._perturber = Perturber(self._env, task, perturbation)
         self._env.reset()
         self._env._freeze_rand_vec = False  # every reset draws a new goal ...
         self._env.seeded_rand_vec = True  # ... from the generator that `seed` sets
@@ -153,6 +160,7 @@ class MetaWorldEnv:
 
         The same task and seed give the same episode in every process, whatever was simulated before.
         """
+        self._perturber.start(seed)
         self._env.seed(seed)
         raw, _ = self._env.reset(seed=seed)
         # Goal markers are moved after the last forward pass of a reset: refresh what the renderer reads, not the physics.
@@ -181,7 +189,8 @@ class MetaWorldEnv:
             raise RuntimeError(
                 f"{self.task.name}: the episode is done, got another step; call reset(seed)"
             )
-        raw, reward, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
+        disturbed = self._perturber.disturb(np.clip(action, -1.0, 1.0))
+        raw, reward, _, _, info = self._env.step(np.clip(disturbed, -1.0, 1.0).astype(np.float32))
         self._raw = raw
         self._steps += 1
         self._success = bool(info["success"])

@@ -14,6 +14,7 @@ from quantvla.evaluate.statistics import (
     paired_difference,
     wilson_interval,
 )
+from quantvla.fidelity.smoothness import Smoothness, pool
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,13 +27,17 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArmResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Success of one arm over all tasks and on each; ``mean_steps`` counts the solved episodes only."""
+    """Success of one arm over all tasks and on each; ``mean_steps`` counts the solved episodes only.
+
+    ``smoothness`` is that of the executed actions, physical units.
+    """
 
     episodes: int
     successes: int
     rate: float
     ci95: tuple[float, float]
     mean_steps: float | None
+    smoothness: Smoothness | None = None
     tasks: dict[str, TaskResult]
 
 
@@ -62,6 +67,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     shared_noise: bool
     sources: dict[str, str]
     versions: dict[str, str]
+    perturbation: dict[str, float] = {}
+    denoise_steps: int | None = None
 
 
 def arm_results(
@@ -82,13 +89,16 @@ def _arm_result(records: Sequence[EpisodeRecord], name: str, tasks: Sequence[str
         for task in tasks
     }
     total = _task_result(record.outcomes[name].success for record in records)
-    steps = [r.outcomes[name].steps for r in records if r.outcomes[name].success]
+    outcomes = [record.outcomes[name] for record in records]
+    steps = [outcome.steps for outcome in outcomes if outcome.success]
+    motions = [outcome.smoothness for outcome in outcomes if outcome.smoothness is not None]
     return ArmResult(
         episodes=total.episodes,
         successes=total.successes,
         rate=total.rate,
         ci95=total.ci95,
         mean_steps=sum(steps) / len(steps) if steps else None,
+        smoothness=pool(motions) if motions else None,
         tasks=by_task,
     )
 

@@ -19,6 +19,7 @@ from quantvla.evaluate.arms import Arm, ChunkPolicy
 from quantvla.evaluate.environment import Environment, Simulator
 from quantvla.evaluate.episode import environment_seed, run_episode
 from quantvla.evaluate.journal import EpisodeRecord, Outcome
+from quantvla.fidelity.smoothness import executed_smoothness
 from quantvla.runtime.errors import QuantVLAError, explain
 
 _JOIN_S = 5.0
@@ -84,6 +85,9 @@ class EpisodeRunner:
                 success=trajectory.success,
                 steps=len(trajectory.actions),
                 total_reward=trajectory.total_reward,
+                smoothness=executed_smoothness(
+                    trajectory.actions, execute=self._job.execute or arm.contract.execute
+                ),
             )
         return EpisodeRecord(
             task=item.task,

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantvla.evaluate.arms import Arm, Contract
+from quantvla.evaluate.perturbation import UNCHANGED, Perturbation
 
 CAMERA = "observation.images.front"
 CONTRACT = Contract(
@@ -86,6 +87,7 @@ class FakeSimulator:
     state_key: str = "observation.state"
     state_dim: int = 2
     action_dim: int = 2
+    perturbation: Perturbation = UNCHANGED
 
     def check_installed(self) -> None:
         """Always installed."""

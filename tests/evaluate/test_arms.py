@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from quantvla.evaluate.arms import identify_arm, load_policy
+from quantvla.evaluate.arms import Contract, identify_arm, load_policy
 from quantvla.runtime.errors import QuantVLAError
 
 CONFIG = {
@@ -31,6 +34,16 @@ def checkpoint(directory: Path, config: object = CONFIG) -> Path:
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors").write_bytes(b"weights")
     return directory
+
+
+def random_inputs(contract: Contract) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    observation = {
+        **{key: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for key in contract.cameras},
+        contract.state_key: rng.standard_normal(contract.state_dim).astype(np.float32),
+        contract.task_key: "open the door",
+    }
+    return observation, rng.standard_normal(contract.noise_shape, dtype=np.float32)
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -77,8 +90,33 @@ def test_a_damaged_manifest(tmp_path: Path) -> None:
 
 def test_a_quantized_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "quantized.json").write_text("{}")
-    with pytest.raises(QuantVLAError, match="quantized checkpoint cannot be run; export it first"):
+    checkpoint(tmp_path / "policy")
+    arm = identify_arm("a", tmp_path)
+    assert arm.kind == "quantized" and arm.contract.horizon == 16
+    (tmp_path / "policy" / "config.json").unlink()
+    with pytest.raises(
+        QuantVLAError, match=r"policy/config.json: not the configuration of a chunk"
+    ):
         identify_arm("a", tmp_path)
+
+
+def test_fewer_denoise_steps_are_the_same_for_engine_and_checkpoint(
+    tiny_checkpoint: Path, tiny_float_engine: Path, tiny_quantized: Path
+) -> None:
+    """All three kinds run 4 steps instead of 10; the float ones give equal chunks, the integers others."""
+    arms = [
+        msgspec.structs.replace(identify_arm(path.name, path), denoise_steps=4)
+        for path in (tiny_checkpoint, tiny_float_engine, tiny_quantized)
+    ]
+    observation, noise = random_inputs(arms[0].contract)
+    policy, engine, integers = (
+        load_policy(arm).predict_action_chunk(observation, noise=noise) for arm in arms
+    )
+    np.testing.assert_allclose(policy, engine, atol=1e-4)
+    ten = load_policy(identify_arm("ten", tiny_float_engine))
+    full = ten.predict_action_chunk(observation, noise=noise)
+    assert np.abs(engine - full).max() > 1e-3
+    assert 1e-4 < np.abs(integers - policy).max() < 1
 
 
 def test_a_checkpoint_and_its_engine_have_one_contract(
@@ -88,13 +126,7 @@ def test_a_checkpoint_and_its_engine_have_one_contract(
     policy, engine = identify_arm("p", tiny_checkpoint), identify_arm("e", tiny_float_engine)
     assert policy.contract == engine.contract
     contract = policy.contract
-    rng = np.random.default_rng(0)
-    observation = {
-        **{key: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for key in contract.cameras},
-        contract.state_key: rng.standard_normal(contract.state_dim).astype(np.float32),
-        contract.task_key: "open the door",
-    }
-    noise = rng.standard_normal(contract.noise_shape, dtype=np.float32)
+    observation, noise = random_inputs(contract)
     chunks = [
         load_policy(a).predict_action_chunk(observation, noise=noise) for a in (policy, engine)
     ]

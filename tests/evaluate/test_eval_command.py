@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -37,10 +38,18 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (directory / "config.json").write_text(json.dumps(CONFIG))
     (directory / "model.safetensors").write_bytes(b"")
     for module, name in ((closed_loop, "evaluate"), (rollouts, "record_rollouts")):
-        real = getattr(module, name)
-        fake = functools.partial(real, simulator=FakeSimulator(), load=load)
-        monkeypatch.setattr(module, name, fake)
+        monkeypatch.setattr(module, name, in_the_fake_simulator(getattr(module, name)))
     return directory
+
+
+def in_the_fake_simulator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` with the fake simulator, perturbed as the one it is called with."""
+
+    def fake(*given: Any, simulator: MetaWorld, **options: Any) -> Any:
+        changed = FakeSimulator(perturbation=simulator.perturbation)
+        return function(*given, simulator=changed, load=load, **options)
+
+    return fake
 
 
 def invoke(*arguments: str) -> Result:
@@ -65,6 +74,23 @@ def test_json(checkpoint: Path) -> None:
     expected = {"a", "b", "both", "only_a", "only_b", "neither", "difference", "ci95", "mcnemar_p"}
     assert set(pair) == expected
     assert found["seed"] == 0 and found["shared_noise"] and "quantvla" in found["versions"]
+
+
+def test_perturbation_and_steps_are_in_the_result(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    output = ("-o", str(tmp_path / "out"))
+    arguments = (f"a={checkpoint}", "--episodes", "2", "--perturb", "camera=0.1", "--steps", "4")
+    result = invoke(*arguments, *output)
+    assert "The tasks are changed: camera 0.1, 4 denoise steps" in result.stdout
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["perturbation"] == {"camera": 0.1} and found["denoise_steps"] == 4
+    assert {"jerk", "step", "seam", "overlap", "seams"} == set(found["arms"]["a"]["smoothness"])
+    with pytest.raises(QuantVLAError, match="another evaluation: denoise_steps expected 2, got 4"):
+        invoke(*arguments[:-1], "2", *output)
+    with pytest.raises(QuantVLAError, match=r"evaluation: perturbation expected {}, got"):
+        invoke(f"a={checkpoint}", "--episodes", "2", *output)
 
 
 def test_tables(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from lerobot.policies.common.flow_matching import euler_integrate as lerobot_euler
 
-from quantvla.runtime.sampler import euler_integrate
+from quantvla.runtime.errors import QuantVLAError
+from quantvla.runtime.manifest import EulerSampler
+from quantvla.runtime.sampler import euler_integrate, with_steps
 
 STEPS = 10
 TIMESTEPS = tuple(1.0 + k * (-1.0 / STEPS) for k in range(STEPS))
@@ -40,3 +43,17 @@ def test_observer_sees_every_step_and_noise_is_left_alone() -> None:
     )
     assert seen == [(0.0, 1.0), (-0.5, 0.5)]
     assert noise.item() == 0
+
+
+SAMPLER = EulerSampler(
+    stage="denoise", state="x", time="t", velocity="v", timesteps=TIMESTEPS, step=-1.0 / STEPS, noise_shape=(1, 2, 3)
+)  # fmt: skip
+
+
+def test_fewer_steps_cover_the_same_time() -> None:
+    found = with_steps(SAMPLER, 4)
+    assert found.timesteps == (1.0, 0.75, 0.5, 0.25) and found.step == -0.25
+    assert with_steps(SAMPLER, STEPS) == SAMPLER
+    for steps in (0, STEPS + 1):
+        with pytest.raises(QuantVLAError, match=f"denoise steps: expected 1 to 10, .* got {steps}"):
+            with_steps(SAMPLER, steps)
