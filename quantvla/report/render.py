@@ -32,6 +32,12 @@ DARK = Theme("dark", "#e6e6e6", "#484f58", "#161b22")
 
 def png_data_uri(draw: Callable[[Report], Figure], report: Report, theme: Theme) -> str:
     """Return what ``draw`` draws in the colours of the theme, as a PNG data URI."""
+    png = render_png(lambda: draw(report), theme)
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def render_png(draw: Callable[[], Figure], theme: Theme = LIGHT) -> bytes:
+    """Return what ``draw`` draws in the colours of the theme, as a PNG file's bytes."""
     style: Any = {
         "text.color": theme.text,
         "axes.labelcolor": theme.text,
@@ -47,7 +53,6 @@ def png_data_uri(draw: Callable[[Report], Figure], report: Report, theme: Theme)
         "font.size": 9,
     }
     with mpl.rc_context(style):
-        figure = draw(report)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        draw().savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
