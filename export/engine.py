@@ -13,6 +13,7 @@ from quantvla.calib_sets import RobotSpec
 from quantvla.checkpoint import is_quantized, load_quantized
 from quantvla.export import lowering_cpu
 from quantvla.export.graphs import export_graph, save_graph
+from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy, replaced
@@ -42,11 +43,13 @@ def export_engine(
     output: Path,
     *,
     overwrite: bool = False,
+    guidance: bool = False,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Manifest:
     """Write the engine of a checkpoint for ``target`` to ``output``, whole or not at all.
 
     A LeRobot checkpoint gives the float engine, a quantized checkpoint the integer one.
+    ``guidance`` adds the graph for guided real-time chunking.
     """
     if target not in TARGETS:
         raise explain(f"target {target!r}", "unknown", remedy=nearest(target, TARGETS))
@@ -66,12 +69,14 @@ def export_engine(
         )
     with atomic_directory(output, overwrite=overwrite) as directory:
         stages = _write_stages(directory, loaded, TARGETS[target], progress)
+        guided = export_guidance(directory, loaded) if guidance else None
         for name, content in loaded.interface.files.items():
             (directory / name).write_bytes(content)
         manifest = _manifest(
             directory, loaded, stages, recipe, target,
             Source(checkpoint_sha256=source, policy_type=loaded.family, calibration_sha256=calibration),
         )  # fmt: skip
+        manifest = structs.replace(manifest, guidance=guided)
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest

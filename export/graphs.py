@@ -22,7 +22,7 @@ _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 def export_graph(stage: Stage) -> ir.Model:
     """Return the stage as an ONNX graph with fixed shapes and the stage's tensor names."""
-    inputs = tuple(_example(spec) for spec in stage.inputs)
+    inputs = tuple(example(spec) for spec in stage.inputs)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -38,7 +38,8 @@ def export_graph(stage: Stage) -> ir.Model:
     return model
 
 
-def _example(spec: TensorSpec) -> torch.Tensor:
+def example(spec: TensorSpec) -> torch.Tensor:
+    """Return a tensor of a spec's shape and dtype to trace with."""
     dtype = _DTYPES[spec.dtype]
     return torch.ones(spec.shape, dtype=dtype) if dtype != torch.float32 else torch.rand(spec.shape)
 

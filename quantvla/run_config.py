@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from quantvla.runtime.control.guard import Mode
-from quantvla.runtime.control.spec import StrategySpec
+from quantvla.runtime.control.spec import CascadeSpec, StrategySpec
 from quantvla.runtime.errors import explain
 
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
@@ -103,6 +103,7 @@ class RunConfig(_Section, frozen=True, kw_only=True):
     seed: NotNegative = 0
     loop: LoopSection = LoopSection()
     strategy: StrategySpec = StrategySpec()
+    cascade: CascadeSpec | None = None
     guard: GuardSection = GuardSection()
     watchdog: WatchdogSection = WatchdogSection()
     log: LogSection = LogSection()
@@ -121,6 +122,7 @@ def read_run_config(path: Path) -> RunConfig:
         config,
         engine=base / config.engine,
         robot=_resolved(config.robot, base),
+        cascade=None if config.cascade is None else _resolved(config.cascade, base),
         guard=_resolved(config.guard, base),
         watchdog=_resolved(config.watchdog, base),
         log=_resolved(config.log, base),

@@ -13,13 +13,14 @@ import msgspec
 from quantvla.robots.dry import DryRobot
 from quantvla.robots.opening import opened_robot, relative_actions, slow_observe
 from quantvla.run_config import GuardSection, RunConfig
+from quantvla.runtime.control.cascade import Cascade
 from quantvla.runtime.control.clock import MonotonicClock, VirtualClock
 from quantvla.runtime.control.counters import LoopReport
 from quantvla.runtime.control.guard import MotionGuard
 from quantvla.runtime.control.limits import Limits, limits_from_manifest, read_limits
 from quantvla.runtime.control.loop import ControlLoop, LoopOptions
 from quantvla.runtime.control.robot import Robot
-from quantvla.runtime.control.spec import build_strategy
+from quantvla.runtime.control.spec import build_cascade, build_strategy
 from quantvla.runtime.control.strategy import Strategy
 from quantvla.runtime.control.trace import Header, TraceWriter
 from quantvla.runtime.control.urdf import read_urdf
@@ -65,7 +66,7 @@ def prepared_run(
         robot = stack.enter_context(opened_robot(config.robot, manifest))
         limits = find_limits(config.guard, manifest, relative_actions(robot))
         policy = stack.enter_context(Policy.from_pretrained(config.engine, threads=config.threads))
-        strategy = build_strategy(config.strategy, policy)
+        strategy = build_strategy(config.strategy, policy, _cascade(config, policy, stack))
         policy.warm_up(WARM_UP_RUNS)
         trace = None
         if config.log.trace is not None:
@@ -104,6 +105,19 @@ def prepared_run(
         yield PreparedRun(config, loop, limits, robot, trace)
 
 
+def _cascade(config: RunConfig, policy: Policy, stack: ExitStack) -> Cascade | None:
+    """Return the cascade of a run file, its better engine loaded and warm; None without one."""
+    spec = config.cascade
+    if spec is None:
+        return None
+    better = policy
+    if spec.engine is not None:
+        better = stack.enter_context(Policy.from_pretrained(spec.engine, threads=config.threads))
+        better.warm_up(WARM_UP_RUNS)
+    rows = config.strategy.execute or policy.manifest.action.execute
+    return build_cascade(spec, policy, better, rows)
+
+
 def find_limits(section: GuardSection, manifest: Manifest, relative: tuple[bool, ...]) -> Limits:
     """Return the limits of a guard section; ``relative`` is what the robot says of its actions."""
     if section.limits is not None and section.urdf is not None:
@@ -127,7 +141,7 @@ def _open_trace(
         manifest_sha256=sha256_file(policy.directory / MANIFEST_FILE),
         threads=policy.threads,
         versions=policy.versions,
-        strategy=config.strategy,
+        strategy=None if config.cascade is not None else config.strategy,  # depends on time
         rate_hz=config.loop.rate_hz,
         joints=tuple(joint.name for joint in limits.joints),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),

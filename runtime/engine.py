@@ -16,7 +16,7 @@ from quantvla.runtime.errors import explain
 from quantvla.runtime.guidance import Guidance
 from quantvla.runtime.machine import physical_cores
 from quantvla.runtime.manifest import Manifest, StageSpec
-from quantvla.runtime.sampler import Observer, euler_integrate
+from quantvla.runtime.sampler import Observer, euler_integrate, with_steps
 
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
@@ -105,11 +105,14 @@ class Engine:
         noise: FloatArray,
         observe: Observer | None = None,
         guidance: Guidance | None = None,
+        steps: int | None = None,
     ) -> FloatArray:
         """Integrate from ``noise``; returns the normalized, padded chunk, noise shape float32.
 
-        With ``guidance`` the chunk continues the one that the guidance was made from.
+        With ``guidance`` the chunk continues the one that the guidance was made from. ``steps``
+        None takes as many as the policy was made for.
         """
+        sampler = self._sampler if steps is None else with_steps(self._sampler, steps)
 
         def velocity(x: FloatArray, t: float) -> FloatArray:
             if guidance is not None and guidance.method == "vjp":
@@ -124,8 +127,8 @@ class Engine:
         return euler_integrate(
             velocity,
             noise,
-            self._sampler.timesteps,
-            self._sampler.step,
+            sampler.timesteps,
+            sampler.step,
             observe,
         )
 

@@ -105,19 +105,34 @@ class Policy:
         noise: NDArray[Any] | None = None,
         seed: int | None = None,
         prefix: ActionPrefix | None = None,
+        steps: int | None = None,
     ) -> FloatArray:
         """Return the next (horizon, dim) float32 actions in physical units.
 
         noise: (1, horizon, padded) or (horizon, padded), see ``manifest.sampler.noise_shape``.
-        With ``prefix`` the chunk continues the actions given there (real-time chunking).
+        With ``prefix`` the chunk continues the actions given there (real-time chunking). ``steps``
+        denoise steps are run instead of the policy's own number.
         Raises `QuantVLAError` for a bad observation, bad noise, or actions that are not finite.
         """
         start_ns = time.perf_counter_ns()
         tensors = self.prepare(obs)
-        start, guidance = self._start(noise, seed), self._guidance(prefix)
-        actions = self._actions(self._engine.sample(tensors, start, guidance=guidance))
+        actions = self.sample_chunk(tensors, noise=noise, seed=seed, prefix=prefix, steps=steps)
         self._engine.record("chunk", start_ns)
         return actions
+
+    def sample_chunk(
+        self,
+        tensors: Tensors,
+        *,
+        noise: NDArray[Any] | None = None,
+        seed: int | None = None,
+        prefix: ActionPrefix | None = None,
+        steps: int | None = None,
+    ) -> FloatArray:
+        """Return a chunk (horizon, dim) as `predict_action_chunk`, of an observation that `prepare` has seen."""
+        start, guidance = self._start(noise, seed), self._guidance(prefix)
+        normalized = self._engine.sample(tensors, start, guidance=guidance, steps=steps)
+        return self._actions(normalized)
 
     def select_action(
         self, obs: Observation, *, noise: NDArray[Any] | None = None, seed: int | None = None

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from quantvla.runtime.control.counters import LoopReport, spread
+from quantvla.runtime.control.counters import LoopReport
 from quantvla.runtime.control.loop import ControlLoop
 
 _RECENT = 500
@@ -30,7 +30,8 @@ def live_view(loop: ControlLoop, title: str, *, enabled: bool = True) -> Iterato
 def render(loop: ControlLoop, title: str) -> RenderableType:
     """Return the present state of a loop as a table, its last events below."""
     counters, planner = loop.notes.counters, loop.planner
-    late, latency = spread(counters.late_s[-_RECENT:], 1e3), spread(counters.inference_s[-50:], 1e3)
+    late = counters.late_s.spread(1e3, last=_RECENT)
+    latency = counters.inference_s.spread(1e3, last=50)
     table = Table(title=title, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
+
+WINDOW = 1 << 16
+"""How many of the last measurements the percentiles are taken over: 22 minutes of ticks at 50 Hz."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -16,12 +19,33 @@ class Spread(msgspec.Struct, frozen=True):
     max: float
 
 
-def spread(values: Sequence[float], scale: float = 1.0) -> Spread:
-    """Return the spread of ``values`` times ``scale``, to four decimals."""
-    if not values:
-        return Spread(0.0, 0.0, 0.0)
-    p50, p99 = np.percentile(values, (50, 99))
-    return Spread(*(round(float(v) * scale, 4) for v in (p50, p99, max(values))))
+class Samples:
+    """Measurements in constant memory: percentiles of the last `WINDOW`, and the largest of all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._ring = np.zeros(WINDOW, dtype=np.float64)
+        self._largest = -np.inf
+
+    def add(self, value: float) -> None:
+        """Note one measurement."""
+        self._ring[self.count % WINDOW] = value
+        self._largest = max(self._largest, value)
+        self.count += 1
+
+    def spread(self, scale: float = 1.0, last: int | None = None) -> Spread:
+        """Return the spread times ``scale``, to four decimals; of the ``last`` measurements only if given."""
+        if self.count == 0:
+            return Spread(0.0, 0.0, 0.0)
+        kept = min(self.count, WINDOW)
+        if last is None:
+            values, largest = self._ring[:kept], self._largest
+        else:
+            rows = np.arange(self.count - min(last, kept), self.count) % WINDOW
+            values = self._ring[rows]
+            largest = values.max()
+        p50, p99 = np.percentile(values, (50, 99))
+        return Spread(*(round(float(v) * scale, 4) for v in (p50, p99, largest)))
 
 
 class LoopReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,19 +86,19 @@ class LoopReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters:
-    """Collects measurements while the loop runs; memory grows by some bytes a tick."""
+    """Collects measurements while the loop runs, in constant memory."""
 
     def __init__(self) -> None:
         self.ticks = self.deadline_misses = self.skipped_ticks = 0
         self.inferences = self.inference_errors = self.late_chunks = self.discarded_chunks = 0
         self.starved = self.held = self.stale_observations = self.observation_errors = 0
-        self.late_s: list[float] = []
-        self.overhead_s: list[float] = []
-        self.act_s: list[float] = []
-        self.observe_s: list[float] = []
-        self.inference_s: list[float] = []
-        self.delay_ticks: list[float] = []
-        self.seam_steps: list[float] = []
+        self.late_s = Samples()
+        self.overhead_s = Samples()
+        self.act_s = Samples()
+        self.observe_s = Samples()
+        self.inference_s = Samples()
+        self.delay_ticks = Samples()
+        self.seam_steps = Samples()
 
     def report(
         self,
@@ -95,12 +119,12 @@ class Counters:
             failed=failed,
             deadline_misses=self.deadline_misses,
             skipped_ticks=self.skipped_ticks,
-            jitter_ms=spread(self.late_s, 1e3),
-            overhead_ms=spread(self.overhead_s, 1e3),
-            act_ms=spread(self.act_s, 1e3),
-            observe_ms=spread(self.observe_s, 1e3),
-            inference_ms=spread(self.inference_s, 1e3),
-            delay_ticks=spread(self.delay_ticks),
+            jitter_ms=self.late_s.spread(1e3),
+            overhead_ms=self.overhead_s.spread(1e3),
+            act_ms=self.act_s.spread(1e3),
+            observe_ms=self.observe_s.spread(1e3),
+            inference_ms=self.inference_s.spread(1e3),
+            delay_ticks=self.delay_ticks.spread(),
             inferences=self.inferences,
             inference_errors=self.inference_errors,
             late_chunks=self.late_chunks,
@@ -109,7 +133,7 @@ class Counters:
             held=self.held,
             stale_observations=self.stale_observations,
             observation_errors=self.observation_errors,
-            seam_step=spread(self.seam_steps),
+            seam_step=self.seam_steps.spread(),
             interventions=dict(interventions),
             trace_lost=trace_lost,
         )

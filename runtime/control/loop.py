@@ -116,8 +116,8 @@ class ControlLoop:
         start_s = self._clock.now()
         try:
             with ExitStack() as stack:
-                stack.enter_context(prompt_interpreter())
                 stack.enter_context(stopping_signals(self.notes.stop, self.robot.stop))
+                stack.enter_context(prompt_interpreter())
                 stack.enter_context(self._watchdog.watching())
                 self._first_chunk()
                 start_s = self._clock.now()
@@ -171,8 +171,8 @@ class ControlLoop:
         self._on_tick()
         counters = self.notes.counters
         counters.ticks += 1
-        counters.late_s.append(begin_s - deadline_s)
-        counters.overhead_s.append(self._clock.now() - begin_s - self.robot.spent_s)
+        counters.late_s.add(begin_s - deadline_s)
+        counters.overhead_s.add(self._clock.now() - begin_s - self.robot.spent_s)
 
     def _send(self, tick: int, late_s: float) -> None:
         """Send the tick's action, or hold."""
@@ -212,7 +212,7 @@ class ControlLoop:
         seam = self.planner.seam
         if seam and self.sent is not None:
             step = np.abs(planned - self.sent).max()
-            self.notes.counters.seam_steps.append(float(step))
+            self.notes.counters.seam_steps.add(float(step))
         self.planner.started()
         stale = self._options.observe_every_tick and not self.robot.fresh()
         return self.guard.admit(planned, tick=tick, seam=seam, stale=stale, ticks=ticks)

@@ -95,8 +95,8 @@ class Planner:
         self.delay.add(delay)
         counters, request = self._notes.counters, result.request
         counters.inferences += 1
-        counters.inference_s.append(result.latency_s)
-        counters.delay_ticks.append(tick - request.tick)
+        counters.inference_s.add(result.latency_s)
+        counters.delay_ticks.add(tick - request.tick)
         merged = self._strategy.merge(self.plan, result.chunk, request.tick, tick)
         if merged is None:
             counters.discarded_chunks += 1

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.control.clock import Clock
+from quantvla.runtime.control.counters import Samples
 from quantvla.runtime.control.feed import ObservationFeed
 from quantvla.runtime.control.notes import Notes
 from quantvla.runtime.control.robot import FinishedError, Robot
@@ -73,10 +74,10 @@ class RobotLink:
         self.problem = problem
 
     @contextmanager
-    def _timed(self, what: str, into: list[float]) -> Iterator[None]:
+    def _timed(self, what: str, into: Samples) -> Iterator[None]:
         begin_s = self._clock.now()
         with self._watchdog.call(what):
             yield
         spent_s = self._clock.now() - begin_s
         self.spent_s += spent_s
-        into.append(spent_s)
+        into.add(spent_s)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from quantvla.runtime.control.realtime_chunking import RealTimeChunking
+from quantvla.runtime.control.cascade import Cascade, Level
+from quantvla.runtime.control.realtime_chunking import PrefixPolicy, RealTimeChunking
 from quantvla.runtime.control.strategy import (
     Asynchronous,
     Blending,
@@ -20,6 +22,21 @@ from quantvla.runtime.policy import Policy
 StrategyKind = Literal["sync", "async", "blend", "rtc"]
 STRATEGIES: tuple[StrategyKind, ...] = ("sync", "async", "blend", "rtc")
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class CascadeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A cheap level with ``steps`` denoise steps, and a better one: another ``engine``, or more steps.
+
+    ``threshold`` is what `quantvla.runtime.control.cascade.calibrate_threshold` gives; the better
+    level must be done ``budget_ms`` after the chunk was asked for.
+    """
+
+    threshold: float
+    steps: PositiveInt | None = None
+    engine: Path | None = None
+    better_steps: PositiveInt | None = None
+    samples: Annotated[int, msgspec.Meta(ge=2)] = 3
+    budget_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 class StrategySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,18 +54,36 @@ class StrategySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_weight: float = 10.0
 
 
-def build_strategy(spec: StrategySpec, policy: Policy) -> Strategy:
-    """Return the strategy around ``policy``; raises `QuantVLAError` if the policy cannot do it."""
+def build_strategy(
+    spec: StrategySpec, policy: Policy, chunks: PrefixPolicy | None = None
+) -> Strategy:
+    """Return the strategy around ``policy``, or around ``chunks`` where something else answers for it.
+
+    Raises `QuantVLAError` if the policy cannot do it.
+    """
     action = policy.manifest.action
     execute = check_execute(spec.execute or action.execute, action.horizon)
+    inner: PrefixPolicy = policy if chunks is None else chunks
     if spec.kind == "sync":
-        return Synchronous(policy, execute)
+        return Synchronous(inner, execute)
     if spec.kind == "async":
-        return Asynchronous(policy, execute)
+        return Asynchronous(inner, execute)
     if spec.kind == "blend":
-        return Blending(policy, execute, spec.blend)
+        return Blending(inner, execute, spec.blend)
     if spec.guidance == "vjp":
         policy.load_guidance()
     return RealTimeChunking(
-        policy, execute, spec.guidance, spec.schedule, spec.overlap, spec.max_weight
+        inner, execute, spec.guidance, spec.schedule, spec.overlap, spec.max_weight
+    )
+
+
+def build_cascade(spec: CascadeSpec, policy: Policy, better: Policy, rows: int) -> Cascade:
+    """Return the cascade of ``policy`` and ``better`` (the same one for more steps)."""
+    return Cascade(
+        Level(policy, spec.steps),
+        Level(better, spec.better_steps),
+        threshold=spec.threshold,
+        rows=rows,
+        samples=spec.samples,
+        budget_s=None if spec.budget_ms is None else spec.budget_ms / 1e3,
     )

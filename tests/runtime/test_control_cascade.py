@@ -12,7 +12,6 @@ from tiny_engine import change_manifest, observation
 from quantvla.runtime.control.cascade import Cascade, Level, calibrate_threshold, spread
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.policy import Policy
-from quantvla.runtime.sampler import flow_schedule
 
 ROWS = 3
 
@@ -85,15 +84,10 @@ def test_bad_arguments(policy: Policy) -> None:
         calibrate_threshold(Level(policy), [observation()], rows=ROWS, share=2)
     with pytest.raises(QuantVLAError, match="no observation to calibrate on"):
         calibrate_threshold(Level(policy), [], rows=ROWS, share=0.5)
-    with pytest.raises(QuantVLAError, match="steps: expected at least 1, got 0"):
+    with pytest.raises(
+        QuantVLAError, match="denoise steps: expected 1 to 10, which the policy was made for, got 0"
+    ):
         policy.predict_action_chunk(observation(), seed=0, steps=0)
-
-
-def test_fewer_steps_cover_the_same_flow() -> None:
-    timesteps = tuple(1.0 - k / 10 for k in range(10))
-    assert flow_schedule(timesteps, -0.1, None) == (timesteps, -0.1)
-    few, step = flow_schedule(timesteps, -0.1, 4)
-    assert few == pytest.approx((1.0, 0.75, 0.5, 0.25)) and step == pytest.approx(-0.25)
 
 
 def test_steps_are_how_often_the_stage_runs(policy: Policy) -> None:

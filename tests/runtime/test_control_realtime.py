@@ -80,9 +80,8 @@ def test_inference_that_hangs_holds_and_then_stops() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_the_run_between_two_ticks(number: signal.Signals) -> None:
-    robot = FakeRobot()
     before = signal.getsignal(number)
-    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    robot = FakeRobot(act_fault=lambda call: os.kill(os.getpid(), number) if call == 5 else None)
     report = real_loop(robot, RampPolicy()).run(seconds=30)
     assert report.stop_cause == number.name and not report.failed
     assert robot.stops == 1 and robot.acts_after_stop == 0

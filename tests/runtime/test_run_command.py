@@ -202,3 +202,13 @@ def test_the_recorded_robot_shows_frames_one_per_action(
     with opened_robot(RecordedSpec(path=recorded_set, frames=1), manifest) as robot:
         robot.act(np.zeros(2, np.float32))
         assert np.allclose(robot.observe()["observation.state"], first["observation.state"])
+
+
+def test_a_cascade_runs_and_its_trace_is_not_replayable(
+    run_file: Callable[..., Path], own_robot: Any, tmp_path: Path
+) -> None:
+    text = '[cascade]\nthreshold = 0.0\nsteps = 2\n[log]\ntrace = "t.jsonl"\n'
+    assert run("run", "--config", run_file(text)).exit_code == 0
+    assert len(own_robot.log) == 21
+    with pytest.raises(QuantVLAError, match="was recorded with a strategy of its own"):
+        run("replay", tmp_path / "t.jsonl")
