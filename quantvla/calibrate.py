@@ -44,7 +44,10 @@ def collect_statistics(
     statistics, done = _read_journal(journal, {name: widths[name] for name in sites})
     preprocess = make_preprocessor(loaded.interface)
     noise_shape = loaded.interface.sampler.noise_shape
-    with observe(loaded.policy, statistics):
+    repeats = {stage.name: stage.repeat for stage in loaded.stages}
+    stage_of = {site.name: site.stage for site in loaded.sites}
+    calls = {name: len(frames) * repeats[stage_of[name]] for name in sites}
+    with observe(loaded.policy, statistics, calls):
         for index in range(done, len(frames)):
             progress("calibrating", index, len(frames))
             tensors = without_padding(loaded, prepare(preprocess, frames[index].observation))
@@ -53,9 +56,7 @@ def collect_statistics(
                 require_finite(statistics, index)
                 _write_journal(journal, statistics, index + 1)
     progress("calibrating", len(frames), len(frames))
-    repeats = {stage.name: stage.repeat for stage in loaded.stages}
-    stage_of = {site.name: site.stage for site in loaded.sites}
-    require_calls(statistics, [(name, len(frames) * repeats[stage_of[name]]) for name in sites])
+    require_calls(statistics, calls.items())
     return statistics
 
 
@@ -64,6 +65,7 @@ def _write_journal(journal: Path, statistics: dict[str, SiteStatistics], frames:
     counts = {}
     for name, site in statistics.items():
         tensors[f"{name}.sum_squares"], tensors[f"{name}.largest"] = site.sum_squares, site.largest
+        tensors[f"{name}.rows"] = site.rows
         counts[name] = [site.calls, site.tokens]
     metadata = {"frames": str(frames), "counts": json.dumps(counts)}
     write_atomic(journal / "statistics.safetensors", save(tensors, metadata))
@@ -80,6 +82,7 @@ def _read_journal(journal: Path, widths: dict[str, int]) -> tuple[dict[str, Site
         name: SiteStatistics(
             tensors[f"{name}.sum_squares"],
             tensors[f"{name}.largest"],
+            tensors[f"{name}.rows"],
             calls=counts[name][0],
             tokens=counts[name][1],
         )

@@ -1,7 +1,8 @@
 """The quantized checkpoint: a directory with integer weights, the float rest, and how it was made.
 
 policy/                 the LeRobot checkpoint without the weights that are integers or dropped
-quantized.safetensors   <site>.codes (`pack_codes`) and <site>.scales
+quantized.safetensors   <site>.codes (`pack_codes`) and <site>.scales; added.<parameter> for float
+                        parameters that the LeRobot checkpoint has no place for (a new bias)
 quantized.json          `CheckpointCard`: recipe, plan, calibration, reports, checksums
 """
 
@@ -21,6 +22,7 @@ from quantvla.calib_sets import RobotSpec
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
+from quantvla.float_weights import FloatWeights
 from quantvla.passes.base import PassReport
 from quantvla.plan import Plan
 from quantvla.quantized_linear import QuantizedLinear
@@ -33,6 +35,7 @@ SCHEMA_VERSION = 1
 CARD_FILE = "quantized.json"
 WEIGHTS = "quantized.safetensors"
 POLICY = "policy"
+ADDED = "added."
 
 
 class CalibrationUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,7 +76,7 @@ def write_checkpoint(
 ) -> None:
     """Fill ``directory``: the float rest of ``loaded``, the integer ``weights``, and the card."""
     _write_policy(directory / POLICY, loaded, absent_parameters(card.plan, loaded.policy))
-    tensors: dict[str, Tensor] = {}
+    tensors = {ADDED + name: value for name, value in _added_parameters(loaded).items()}
     for site, weight in weights.items():
         tensors[f"{site}.codes"] = pack_codes(weight.codes, weight.bits)
         tensors[f"{site}.scales"] = weight.scales
@@ -85,6 +88,21 @@ def write_checkpoint(
     }
     card = msgspec.structs.replace(card, files=files)
     (directory / CARD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=1))
+
+
+def _added_parameters(loaded: LoadedPolicy) -> dict[str, Tensor]:
+    """Return the parameters that are new or of another shape than in the LeRobot checkpoint."""
+    with safe_open(loaded.directory / WEIGHTS_FILE, framework="pt") as stored:
+        names = set(stored.keys())
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
+    parameters = dict(loaded.policy.named_parameters(remove_duplicate=False))
+    kept = {id(parameters[name]) for name in names & parameters.keys()}
+    return {
+        name: value.detach().contiguous()
+        for name, value in parameters.items()
+        if (name in names and shapes[name] != tuple(value.shape))
+        or (name not in names and id(value) not in kept)  # a tied parameter has a stored twin
+    }
 
 
 def absent_parameters(plan: Plan, policy: nn.Module) -> frozenset[str]:
@@ -103,6 +121,8 @@ def _write_policy(directory: Path, loaded: LoadedPolicy, absent: frozenset[str])
         for name in stored.keys():  # noqa: SIM118 - safe_open is no mapping
             if name not in absent:
                 value = current[name]
+                if value.shape != stored.get_tensor(name).shape:  # the new one is added beside it
+                    value = stored.get_tensor(name)
                 narrow = value.to(stored.get_tensor(name).dtype)
                 kept[name] = narrow if torch.equal(narrow.to(value.dtype), value) else value
     save_file({name: value.contiguous() for name, value in kept.items()}, directory / WEIGHTS_FILE)
@@ -150,12 +170,20 @@ def read_weights(directory: Path, plan: Plan) -> dict[str, QuantizedWeight]:
     }  # fmt: skip
 
 
+def read_added(directory: Path) -> dict[str, Tensor]:
+    """Return the float parameters that passes added, by name."""
+    with safe_open(directory / WEIGHTS, framework="pt") as stored:
+        names = [name for name in stored.keys() if name.startswith(ADDED)]  # noqa: SIM118
+        return {name.removeprefix(ADDED): stored.get_tensor(name) for name in names}
+
+
 def load_quantized(directory: Path) -> tuple[LoadedPolicy, CheckpointCard]:
     """Return the policy with its integer linears in place (`QuantizedLinear`), and the card."""
     card = read_card(directory)
     entries = (*card.plan.quantized, *card.plan.dropped)
     absent = frozenset(f"{entry.site}.{kind}" for entry in entries for kind in ("weight", "bias"))
     loaded = load_policy(directory / POLICY, absent)
+    FloatWeights(loaded.policy).load_(read_added(directory))
     install_(loaded.policy, read_weights(directory, card.plan))
     return loaded, card
 

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from quantvla.calib_sets import CalibrationSet, check_robot
-from quantvla.calibrate import collect_statistics
 from quantvla.checkpoint import SCHEMA_VERSION, CalibrationUse, CheckpointCard, write_checkpoint
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
+from quantvla.float_weights import FloatWeights
 from quantvla.layout import make_plan
+from quantvla.observer import CalibrationObserver
 from quantvla.passes.base import PassReport, Subject
+from quantvla.pipeline import EquivalenceCheck, Pipeline
 from quantvla.plan import Plan
 from quantvla.progress import Progress
-from quantvla.quantizer import QuantizedWeight
 from quantvla.recipe import Recipe
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import atomic_directory, sha256_tree, write_atomic
-from quantvla.schemes import Inputs
 from quantvla.versions import compiler_versions
+from quantvla.weight_store import DirectoryStore
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,9 @@ def quantize(
     )
     source = sha256_tree(checkpoint)
     work = _open_work(output, source, calibration.checksum, recipe, seed)
-    sites = [entry.site for entry in plan.quantized]
-    statistics = collect_statistics(
-        loaded, sites, calibration, seed=seed, journal=work, progress=progress
-    )
-    store = DirectoryStore(work / "weights")
-    subject = Subject(loaded.policy, plan, statistics, store)
-    reports = tuple(step(subject, progress) for step in recipe.passes)
+    store = DirectoryStore(work)
+    pipeline = _pipeline(loaded, plan, calibration, store, seed=seed, work=work, progress=progress)
+    reports = pipeline.run(recipe.passes)
     _require_complete(plan, store, recipe)
     card = CheckpointCard(
         schema_version=SCHEMA_VERSION,
@@ -81,7 +75,7 @@ def quantize(
         calibration=CalibrationUse(
             name=calibration.card.name, sha256=calibration.checksum, robot=calibration.robot,
             frames=len(calibration), seed=seed,
-            samples={site: statistics[site].tokens for site in sites},
+            samples={site.site: site.rows for report in reports for site in report.sites},
         ),
         reports=reports,
         source_sha256=source,
@@ -91,6 +85,20 @@ def quantize(
     _write(output, loaded, store, card, overwrite=overwrite)
     shutil.rmtree(work)
     return QuantizeResult(output, plan, reports)
+
+
+def _pipeline(
+    loaded: LoadedPolicy, plan: Plan, calibration: CalibrationSet, store: DirectoryStore,
+    *, seed: int, work: Path, progress: Progress,
+) -> Pipeline:  # fmt: skip
+    check = EquivalenceCheck(loaded, calibration, seed)
+    floats = FloatWeights(loaded.policy)
+    observer = CalibrationObserver(
+        loaded, plan, calibration, floats, store, seed=seed, work=work, progress=progress
+    )
+    siblings = {site.name: tuple(sorted((site.name, *site.siblings))) for site in loaded.sites}
+    subject = Subject(loaded.policy, plan, loaded.structure, siblings, floats, store, observer)
+    return Pipeline(subject, observer, store, check, work, progress)
 
 
 def _write(
@@ -135,63 +143,3 @@ def _open_work(output: Path, source: str, calibration: str, recipe: Recipe, seed
         shutil.rmtree(work)
     write_atomic(key_file, key.encode())
     return work
-
-
-class DirectoryStore:
-    """Integer weights, one file a site, each written atomically."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def _path(self, site: str) -> Path:
-        return self._directory / f"{site}.safetensors"
-
-    def __contains__(self, site: str) -> bool:
-        return self._path(site).is_file()
-
-    def put(self, site: str, weight: QuantizedWeight) -> None:
-        """Keep the weight of a site."""
-        metadata = {
-            "bits": str(weight.bits),
-            "block": str(weight.block),
-            "inputs": weight.inputs,
-        }
-        write_atomic(
-            self._path(site), save({"codes": weight.codes, "scales": weight.scales}, metadata)
-        )
-
-    def get(self, site: str) -> QuantizedWeight:
-        """Return the weight of a site."""
-        try:
-            with safe_open(self._path(site), framework="pt") as stored:
-                metadata = stored.metadata()
-                return QuantizedWeight(
-                    stored.get_tensor("codes"), stored.get_tensor("scales"),
-                    bits=int(metadata["bits"]), block=int(metadata["block"]),
-                    inputs=msgspec.convert(metadata["inputs"], Inputs),
-                )  # fmt: skip
-        except (SafetensorError, OSError) as error:
-            raise explain(
-                self._path(site),
-                "intermediate result is damaged",
-                got=error,
-                remedy=f"remove {self._directory.parent} and run again",
-            ) from error
-
-    def view(self, plan: Plan) -> Mapping[str, QuantizedWeight]:
-        """Return the weights of the plan's sites, read from disk as they are asked for."""
-        return _StoreView(self, tuple(entry.site for entry in plan.quantized))
-
-
-class _StoreView(Mapping[str, QuantizedWeight]):
-    def __init__(self, store: DirectoryStore, sites: tuple[str, ...]) -> None:
-        self._store, self._sites = store, sites
-
-    def __getitem__(self, site: str) -> QuantizedWeight:
-        return self._store.get(site)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)

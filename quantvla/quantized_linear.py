@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from quantvla.quantizer import QuantizedWeight, integer_linear
+from quantvla.quantizer import QuantizedWeight, integer_linear, represented_input
 
 
 class QuantizedLinear(nn.Module):
@@ -21,3 +22,18 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return integer_linear(x, self.quantized, self.bias)
+
+
+class SimulatedLinear(nn.Module):
+    """The same numbers as `QuantizedLinear` up to float32 rounding, in one float product: for calibration."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+        self.bias = bias
+        self.out_features, self.in_features = weight.codes.shape
+        self._block, self._inputs = weight.block, weight.inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = represented_input(x.reshape(-1, x.shape[-1]), self._block, self._inputs)
+        return functional.linear(rows, self.weight, self.bias).view(*x.shape[:-1], -1)

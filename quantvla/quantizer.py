@@ -50,41 +50,55 @@ def quantize_weight(
     block: int,
     importance: Tensor | None = None,
     inputs: Inputs = "int8_block",
+    *,
+    search: bool = True,
 ) -> QuantizedWeight:
-    """Round ``weight`` (out, in) to integers with the block scales of least weighted error.
+    """Round ``weight`` (out, in) to integers with the block scales of least weighted error (`block_scales`).
 
-    For each block the scale is searched among fractions of the one that just covers the largest
-    magnitude, then refitted to the codes by least squares; the error of a candidate is ``sum_k importance_k (w_k - s q_k)^2`` with
-    ``importance``: (in,) the second moment E[x_k^2] of the input channel (all ones when absent).
     Scales are rounded to half precision before the codes are computed, so the stored pair is exact.
     """
     rows, columns = weight.shape
-    high = 2 ** (bits - 1) - 1
+    scales = block_scales(weight, bits, block, importance, search=search)
+    blocks = weight.detach().float().view(rows, columns // block, block)
+    codes = round_codes(blocks, scales[..., None], bits).to(torch.int8).view(rows, columns)
+    return QuantizedWeight(codes, scales.half(), bits, block, inputs)
+
+
+def block_scales(
+    weight: Tensor, bits: int, block: int, importance: Tensor | None = None, *, search: bool = True
+) -> Tensor:
+    """Return block scales of ``weight`` (out, in): (out, in / block) float32, half-precision numbers.
+
+    For each block the scale is searched among fractions of the one that just covers the largest
+    magnitude, then refitted to the codes by least squares; the error of a candidate is
+    ``sum_k importance_k (w_k - s q_k)^2`` with ``importance``: (in,) the second moment E[x_k^2] of
+    the input channel (all ones when absent). Without ``search`` it is the covering scale itself.
+    """
+    rows, columns = weight.shape
     blocks = weight.detach().float().view(rows, columns // block, block)
     importance = torch.ones(columns) if importance is None else importance.float()
-    per_block = importance.view(1, columns // block, block)
-    largest = blocks.abs().amax(-1)
-    search = _ScaleSearch(blocks, per_block, high)
-    for ratio in torch.linspace(1.0, _SMALLEST_RATIO, _SCALE_CANDIDATES).tolist():
-        search.consider(largest * ratio / high)
-    for _ in range(_REFITS):
-        search.consider(search.refit())
-    codes = _round_to(blocks, search.scale, high).to(torch.int8).view(rows, columns)
-    return QuantizedWeight(codes, search.scale.half(), bits, block, inputs)
+    largest = blocks.abs().amax(-1) / (2 ** (bits - 1) - 1)
+    candidates = _ScaleSearch(blocks, importance.view(1, columns // block, block), bits)
+    smallest, count = (_SMALLEST_RATIO, _SCALE_CANDIDATES) if search else (1.0, 1)
+    for ratio in torch.linspace(1.0, smallest, count).tolist():
+        candidates.consider(largest * ratio)
+    for _ in range(_REFITS if search else 0):
+        candidates.consider(candidates.refit())
+    return candidates.scale
 
 
 class _ScaleSearch:
     """The best scale of each block among those considered."""
 
-    def __init__(self, blocks: Tensor, importance: Tensor, high: int) -> None:
-        self._blocks, self._importance, self._high = blocks, importance, high
+    def __init__(self, blocks: Tensor, importance: Tensor, bits: int) -> None:
+        self._blocks, self._importance, self._bits = blocks, importance, bits
         self.scale = torch.ones(blocks.shape[:-1])
         self._error = torch.full(blocks.shape[:-1], torch.inf)
 
     def consider(self, scale: Tensor) -> None:
         """Keep ``scale`` (out, blocks) where its error is smaller."""
         scale = scale.clamp_min(_TINY).half().float()
-        restored = _round_to(self._blocks, scale, self._high) * scale[..., None]
+        restored = round_codes(self._blocks, scale[..., None], self._bits) * scale[..., None]
         error = ((restored - self._blocks).square() * self._importance).sum(-1)
         better = error < self._error
         self._error = torch.where(better, error, self._error)
@@ -92,13 +106,15 @@ class _ScaleSearch:
 
     def refit(self) -> Tensor:
         """Return the least-squares scale for the codes of the best scale so far."""
-        codes = _round_to(self._blocks, self.scale, self._high)
+        codes = round_codes(self._blocks, self.scale[..., None], self._bits)
         weighted = codes * self._importance
         return (weighted * self._blocks).sum(-1) / (weighted * codes).sum(-1).clamp_min(_TINY)
 
 
-def _round_to(blocks: Tensor, scale: Tensor, high: int) -> Tensor:
-    return (blocks / scale[..., None]).round().clamp(-high - 1, high)
+def round_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the codes nearest to ``values / scale``, as floats: round half to even, saturated."""
+    high = 2 ** (bits - 1) - 1
+    return (values / scale).round().clamp(-high - 1, high)
 
 
 def quantize_activation(x: Tensor, block: int) -> tuple[Tensor, Tensor]:

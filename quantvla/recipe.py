@@ -90,6 +90,25 @@ def read_recipe(name_or_path: str) -> Recipe:
             path, "no such file", remedy="give a recipe's name or the path of a .toml file"
         )
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Recipe)
+        recipe = msgspec.toml.decode(path.read_bytes(), type=Recipe)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise explain(path, f"not a valid recipe ({error})", remedy="correct that key") from error
+    _require_order(path, recipe)
+    return recipe
+
+
+_PHASES = ("equivalence", "rounding", "correction")
+
+
+def _require_order(path: Path, recipe: Recipe) -> None:
+    """Raise unless folds come before rounding, and corrections after it."""
+    latest = 0
+    for step in recipe.passes:
+        phase = _PHASES.index(step.phase)
+        if phase < latest:
+            raise explain(
+                path,
+                f"pass {step.__struct_config__.tag} ({step.phase}) comes after a {_PHASES[latest]} pass",
+                remedy=f"order the passes: {', '.join(_PHASES)}",
+            )
+        latest = phase

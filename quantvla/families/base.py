@@ -19,6 +19,7 @@ from quantvla.runtime.manifest import (
     TensorSpec,
     VectorSpec,
 )
+from quantvla.structure import EMPTY, Structure, TapAttention, no_attention
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Stage:
     """A part of the policy that becomes one graph: float32 tensors in and out, in the order of the specs.
 
     ``module`` shares its weights with the policy, so a site replaced there is replaced here.
+    ``batch_axes``: the axis of each input along which several calls can be stacked into one in
+    torch, outputs then stacked along axis 0; empty when the module takes one call at a time.
+    ``attended``: its tokens are the leading keys of the sampler stage's attentions.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Stage:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     repeat: int = 1
+    batch_axes: tuple[int, ...] = ()
+    attended: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,11 @@ class Interface:
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A float policy in memory, its linears, its stages and its interface."""
+    """A float policy in memory, its linears, its stages and its interface.
+
+    ``structure`` and ``tap_attention`` (see `quantvla.structure`) are what folds and attention
+    corrections work with; a family without them compiles with rounding passes only.
+    """
 
     directory: Path
     family: str
@@ -87,6 +97,8 @@ class LoadedPolicy:
     sites: tuple[Site, ...]
     stages: tuple[Stage, ...]
     interface: Interface
+    structure: Structure = EMPTY
+    tap_attention: TapAttention = no_attention
 
     @property
     def used_sites(self) -> tuple[Site, ...]:

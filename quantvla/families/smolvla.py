@@ -12,48 +12,17 @@ from unittest import mock
 
 import torch
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.configs.types import NormalizationMode
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, make_att_2d_masks
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
-from quantvla.families.base import Family, Interface, LoadedPolicy, Site, Stage
-from quantvla.families.lerobot_checkpoint import (
-    POSTPROCESSOR_FILE,
-    PREPROCESSOR_FILE,
-    find_step,
-    load_weights_,
-    processor_steps,
-    refuse_unknown_steps,
-    statistics,
-)
+from quantvla.families.base import Family, LoadedPolicy, Site, Stage
+from quantvla.families.lerobot_checkpoint import load_weights_
+from quantvla.families.smolvla_interface import image_size, make_interface
+from quantvla.families.smolvla_structure import make_structure, tap_attention
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import (
-    ActionSpec,
-    CameraSpec,
-    EulerSampler,
-    Images,
-    Normalize,
-    TensorSpec,
-    Tokenize,
-    Unnormalize,
-    VectorSpec,
-)
-
-STATE_KEY, ACTION_KEY, TASK_KEY = "observation.state", "action", "task"
-_TOKENIZER_FILE = "tokenizer.json"
-_PREPROCESSOR_STEPS = frozenset(
-    {
-        "rename_observations_processor",
-        "to_batch_processor",
-        "smolvla_new_line_processor",
-        "tokenizer_processor",
-        "device_processor",
-        "normalizer_processor",
-    }
-)
-_POSTPROCESSOR_STEPS = frozenset({"unnormalizer_processor", "device_processor"})
+from quantvla.runtime.manifest import TensorSpec
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -113,13 +82,16 @@ def load(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
     """Load a SmolVLA checkpoint directory; parameters named in ``absent`` may be missing from it."""
     config = read_config(directory)
     policy = build_policy(directory, config, absent)
+    sites = _sites(policy)
     return LoadedPolicy(
         directory=directory,
         family=FAMILY.policy_type,
         policy=policy,
-        sites=_sites(policy),
+        sites=sites,
+        structure=make_structure(policy, sites),
+        tap_attention=lambda callback: tap_attention(policy, callback),
         stages=_stages(policy, config),
-        interface=_interface(directory, config),
+        interface=make_interface(directory, config),
     )
 
 
@@ -205,6 +177,8 @@ def _is_cross_attention(policy: SmolVLAPolicy, layer: int | None) -> bool:
 
 
 def _producer(name: str, part: str, kind: str, layer: int | None, cross: bool) -> str | None:
+    if kind == "action_out_proj":
+        return "model.vlm_with_expert.lm_expert.norm"
     if layer is None or kind not in _PRODUCERS:
         return None
     if cross and kind in ("k_proj", "v_proj"):  # reads the language model's cached keys or values
@@ -305,7 +279,7 @@ def _stages(policy: SmolVLAPolicy, config: SmolVLAConfig) -> tuple[Stage, ...]:
     vlm: Any = policy.model.vlm_with_expert.config
     text, vision = vlm.text_config, vlm.vision_config
     cameras = len(config.image_features) - config.empty_cameras
-    height, width = _image_size(config)
+    height, width = image_size(config)
     patches = (height // vision.patch_size) * (width // vision.patch_size)
     per_camera = patches // vlm.scale_factor**2
     markers = 3 if config.add_image_special_tokens else 0
@@ -332,125 +306,11 @@ def _stages(policy: SmolVLAPolicy, config: SmolVLAConfig) -> tuple[Stage, ...]:
     )
     return (
         Stage("vision", _Vision(policy), (images,), (features,)),
-        Stage("prefix", _Prefix(policy, config.empty_cameras), (features, tokens, token_mask, state), context),
+        Stage("prefix", _Prefix(policy, config.empty_cameras), (features, tokens, token_mask, state), context, attended=True),
         Stage(
             "denoise", _Denoise(policy), (*context, spec("x", *x), spec("timestep", 1)),
-            (spec("velocity", *x),), repeat=config.num_steps,
+            (spec("velocity", *x),), repeat=config.num_steps, batch_axes=(1, 1, 0, 0, 0),
         ),
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- interface
-def _image_size(config: SmolVLAConfig) -> tuple[int, int]:
-    """Return the (height, width) the vision tower sees; lerobot stores (width, height)."""
-    if config.resize_imgs_with_padding is not None:
-        width, height = config.resize_imgs_with_padding
-        return height, width
-    sizes = {tuple(feature.shape[1:]) for feature in config.image_features.values()}
-    if len(sizes) != 1:
-        raise explain(
-            "config.json",
-            "cameras of different sizes without resize_imgs_with_padding",
-            got=sorted(sizes),
-            remedy="set resize_imgs_with_padding",
-        )
-    height, width = sizes.pop()
-    return int(height), int(width)
-
-
-def _interface(directory: Path, config: SmolVLAConfig) -> Interface:
-    before = processor_steps(directory, PREPROCESSOR_FILE)
-    after = processor_steps(directory, POSTPROCESSOR_FILE)
-    refuse_unknown_steps(before, _PREPROCESSOR_STEPS, directory / PREPROCESSOR_FILE)
-    refuse_unknown_steps(after, _POSTPROCESSOR_STEPS, directory / POSTPROCESSOR_FILE)
-    normalizer = find_step(before, "normalizer_processor", PREPROCESSOR_FILE)
-    unnormalizer = find_step(after, "unnormalizer_processor", POSTPROCESSOR_FILE)
-    state, action = config.robot_state_feature, config.action_feature
-    if state is None or action is None:
-        raise explain(
-            directory / "config.json",
-            "has no state or no action feature",
-            remedy="use a policy with both",
-        )
-    cameras = _cameras(directory, config, before)
-    tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
-    collected = statistics(normalizer) | statistics(unnormalizer)
-    return Interface(
-        preprocess=_preprocess(directory, config, before, cameras, normalizer.config, int(tokenizer.pad_token_id)),
-        postprocess=(
-            Unnormalize(key=ACTION_KEY, mode=_mode(unnormalizer.config, "ACTION"),
-                        eps=float(unnormalizer.config.get("eps", 1e-8)), dim=int(action.shape[0])),
-        ),
-        statistics={key: collected[key] for key in (STATE_KEY, ACTION_KEY) if key in collected},
-        cameras=cameras,
-        state=VectorSpec(key=STATE_KEY, dim=int(state.shape[0])),
-        task_key=TASK_KEY,
-        action=ActionSpec(horizon=config.chunk_size, execute=config.n_action_steps, dim=int(action.shape[0])),
-        sampler=_sampler(config),
-        files={_TOKENIZER_FILE: tokenizer.backend_tokenizer.to_str().encode()},
-    )  # fmt: skip
-
-
-def _cameras(
-    directory: Path, config: SmolVLAConfig, before: tuple[Any, ...]
-) -> tuple[CameraSpec, ...]:
-    renames = (
-        find_step(before, "rename_observations_processor", PREPROCESSOR_FILE).config.get(
-            "rename_map"
-        )
-        or {}
-    )
-    robot_name = {policy: robot for robot, policy in renames.items()}
-    if renames.get(STATE_KEY) or STATE_KEY in robot_name:
-        raise explain(
-            directory / PREPROCESSOR_FILE,
-            "renames the state",
-            got=renames,
-            remedy=f"record it as {STATE_KEY}",
-        )
-    keys = [key for key in config.image_features if ".empty_camera_" not in key]
-    return tuple(
-        CameraSpec(key=robot_name.get(key, key), height=int(shape[1]), width=int(shape[2]))
-        for key in keys
-        for shape in [config.image_features[key].shape]
-    )
-
-
-def _preprocess(
-    directory: Path, config: SmolVLAConfig, before: tuple[Any, ...], cameras: tuple[CameraSpec, ...],
-    normalizer: dict[str, Any], pad_id: int,
-) -> tuple[Images | Normalize | Tokenize, ...]:  # fmt: skip
-    if _mode(normalizer, "VISUAL") != "identity":
-        raise explain(
-            directory / PREPROCESSOR_FILE,
-            "normalizes images, which SmolVLA does inside the policy",
-            got=_mode(normalizer, "VISUAL"),
-            remedy="train with VISUAL: IDENTITY",
-        )
-    resize = _image_size(config) if config.resize_imgs_with_padding is not None else None
-    tokenizer = find_step(before, "tokenizer_processor", PREPROCESSOR_FILE).config
-    return (
-        Images(keys=tuple(c.key for c in cameras), output="images", resize=resize, pad_value=0.0,
-               scale=2.0, offset=-1.0),
-        Normalize(key=STATE_KEY, output="state", mode=_mode(normalizer, "STATE"),
-                  eps=float(normalizer.get("eps", 1e-8)), pad_to=config.max_state_dim),
-        Tokenize(key=TASK_KEY, file=_TOKENIZER_FILE, suffix="\n",
-                 max_length=int(tokenizer.get("max_length", config.tokenizer_max_length)),
-                 pad_id=pad_id, tokens="tokens", mask="token_mask"),
-    )  # fmt: skip
-
-
-def _mode(config: dict[str, Any], feature: str) -> Any:
-    modes = config.get("norm_map", {})
-    return NormalizationMode(modes.get(feature, "IDENTITY")).value.lower()
-
-
-def _sampler(config: SmolVLAConfig) -> EulerSampler:
-    step = -1.0 / config.num_steps
-    return EulerSampler(
-        stage="denoise", state="x", time="timestep", velocity="velocity",
-        timesteps=tuple(1.0 + index * step for index in range(config.num_steps)),
-        step=step, noise_shape=(1, config.chunk_size, config.max_action_dim),
     )  # fmt: skip
 
 

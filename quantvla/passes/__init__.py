@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from quantvla.passes.atm import MatchTemperature
+from quantvla.passes.fold_norms import FoldNorms
+from quantvla.passes.gptq import Gptq
+from quantvla.passes.ohb import BalanceOutputs
 from quantvla.passes.round_weights import RoundWeights
+from quantvla.passes.smooth import Smooth
 
-Pass = RoundWeights
+EquivalencePass = FoldNorms | Smooth
+Pass = EquivalencePass | RoundWeights | Gptq | MatchTemperature | BalanceOutputs

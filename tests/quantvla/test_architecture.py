@@ -20,7 +20,10 @@ LAYERS = {
         "quantvla.plan",
         "quantvla.progress",
         "quantvla.quantizer",
+        "quantvla.second_order",
+        "quantvla.float_weights",
         "quantvla.statistics",
+        "quantvla.structure",
         "quantvla.schemes",
     ),
     "export": (
