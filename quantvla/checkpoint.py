@@ -24,7 +24,7 @@ from quantvla.families.base import LoadedPolicy
 from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
 from quantvla.float_weights import FloatWeights
 from quantvla.passes.base import PassReport
-from quantvla.plan import Plan
+from quantvla.plan import CARD_FILE, Plan
 from quantvla.quantized_linear import QuantizedLinear
 from quantvla.quantizer import QuantizedWeight, pack_codes, unpack_codes
 from quantvla.recipe import Recipe
@@ -32,7 +32,6 @@ from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file
 
 SCHEMA_VERSION = 1
-CARD_FILE = "quantized.json"
 WEIGHTS = "quantized.safetensors"
 POLICY = "policy"
 ADDED = "added."

@@ -34,8 +34,9 @@ from quantvla.staged import (
 )
 from quantvla.statistics import InputMoments, LogitSums, OutputSums, SiteStatistics, not_finite
 
-
-LEAST_ATTENTION = 0.05  # a token counts at least this share of the mean, so that moments keep their rank
+LEAST_ATTENTION = (
+    0.05  # a token counts at least this share of the mean, so that moments keep their rank
+)
 
 
 @dataclass

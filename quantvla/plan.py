@@ -6,6 +6,9 @@ import msgspec
 
 from quantvla.schemes import DROPPED, FLOAT, Scheme
 
+CARD_FILE = "quantized.json"
+"""Where a quantized checkpoint keeps its plan and everything else that is known about it."""
+
 
 class PlanEntry(msgspec.Struct, frozen=True):
     """One site's fate. Bytes are of the weight: ``bytes_before`` in half precision, ``bytes_after`` with scales."""

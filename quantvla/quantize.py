@@ -64,7 +64,9 @@ def quantize(
     source = sha256_tree(checkpoint)
     work = _open_work(output, source, calibration.checksum, recipe, seed)
     store = DirectoryStore(work)
-    pipeline = _pipeline(loaded, plan, calibration, store, seed=seed, work=work, progress=progress)
+    pipeline = make_pipeline(
+        loaded, plan, calibration, store, seed=seed, work=work, progress=progress
+    )
     reports = pipeline.run(recipe.passes)
     _require_complete(plan, store, recipe)
     card = CheckpointCard(
@@ -87,10 +89,11 @@ def quantize(
     return QuantizeResult(output, plan, reports)
 
 
-def _pipeline(
+def make_pipeline(
     loaded: LoadedPolicy, plan: Plan, calibration: CalibrationSet, store: DirectoryStore,
     *, seed: int, work: Path, progress: Progress,
 ) -> Pipeline:  # fmt: skip
+    """Return the passes' pipeline for a policy, with its intermediate results in ``work``."""
     check = EquivalenceCheck(loaded, calibration, seed)
     floats = FloatWeights(loaded.policy)
     observer = CalibrationObserver(

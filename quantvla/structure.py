@@ -79,7 +79,7 @@ class Mlp:
 class Stream:
     """A residual stream: the linears and embeddings that add to it, the norms that read it.
 
-    ``obstacle`` says why a rotation of it does not fold ("" when it does).
+    ``obstacle`` says why nothing that mixes its channels folds ("" when it does).
     """
 
     name: str

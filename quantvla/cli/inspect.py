@@ -13,6 +13,7 @@ from rich.table import Table
 
 from quantvla.cli import options
 from quantvla.export.integers import IntegerSite, integer_sites
+from quantvla.plan import CARD_FILE
 from quantvla.runtime.manifest import Manifest, check_files, encode_manifest, read_manifest
 from quantvla.schemes import scheme_name
 
@@ -21,7 +22,15 @@ from quantvla.schemes import scheme_name
 @click.argument("engine", type=options.DIRECTORY)
 @options.as_json
 def inspect(engine: Path, as_json: bool) -> None:
-    """Print an ENGINE's stages, operators and files, after checking its checksums."""
+    """Print an ENGINE's stages, operators and files, after checking its checksums.
+
+    Of a quantized checkpoint, print its plan in one line and what every pass did.
+    """
+    if (engine / CARD_FILE).is_file():
+        from quantvla.cli.passes import print_card  # loads the compiler, which engines do not need
+
+        print_card(engine, as_json=as_json)
+        return
     manifest = read_manifest(engine)
     check_files(engine, manifest)
     operators = {stage.name: _operators(engine / stage.file) for stage in manifest.stages}

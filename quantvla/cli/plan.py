@@ -9,6 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from quantvla.checkpoint import is_quantized, read_card
 from quantvla.cli import options
 from quantvla.families import load_policy
 from quantvla.layout import make_plan
@@ -21,8 +22,14 @@ from quantvla.recipe import read_recipe
 @options.recipe
 @options.as_json
 def plan(policy_path: Path, recipe: str, as_json: bool) -> None:
-    """Print the plan of a recipe for a policy: site, stage, shape, scheme, bytes, reason."""
-    made = make_plan(load_policy(policy_path).sites, read_recipe(recipe))
+    """Print the plan of a recipe for a policy: site, stage, shape, scheme, bytes, reason.
+
+    Of a quantized checkpoint, print the plan that it was made by.
+    """
+    if is_quantized(policy_path):
+        made = read_card(policy_path).plan
+    else:
+        made = make_plan(load_policy(policy_path).sites, read_recipe(recipe))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(made), indent=1))
     else:

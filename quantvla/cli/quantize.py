@@ -10,6 +10,7 @@ from rich.console import Console
 from quantvla import quantize as compiler
 from quantvla.calib_sets import limit, open_set
 from quantvla.cli import options
+from quantvla.cli.passes import print_passes
 from quantvla.cli.plan import plan_summary
 from quantvla.cli.progress import progress_bar
 from quantvla.recipe import read_recipe
@@ -50,10 +51,5 @@ def quantize(
     console = Console(stderr=True)
     console.print(f"{len(calibration)} frames of {calibration.card.name}, all denoise steps")
     console.print(plan_summary(result.plan))
-    for report in result.reports:
-        worst = max(report.sites, key=lambda site: site.relative_output_error, default=None)
-        if worst is not None:
-            console.print(
-                f"{report.kind}: largest output error {worst.relative_output_error:.2%} at {worst.site}"
-            )
+    print_passes(result.reports, console)
     console.print(f"wrote {output}")

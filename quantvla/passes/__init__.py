@@ -6,8 +6,10 @@ from quantvla.passes.atm import MatchTemperature
 from quantvla.passes.fold_norms import FoldNorms
 from quantvla.passes.gptq import Gptq
 from quantvla.passes.ohb import BalanceOutputs
+from quantvla.passes.permute import Permute
+from quantvla.passes.rotate import Rotate
 from quantvla.passes.round_weights import RoundWeights
 from quantvla.passes.smooth import Smooth
 
-EquivalencePass = FoldNorms | Smooth
+EquivalencePass = FoldNorms | Smooth | Rotate | Permute
 Pass = EquivalencePass | RoundWeights | Gptq | MatchTemperature | BalanceOutputs

@@ -23,6 +23,7 @@ from quantvla.report.measured import (
 from quantvla.report.structure import (
     ActionError,
     ArmReport,
+    AttentionFactors,
     ChunkExample,
     Memory,
     Report,
@@ -86,6 +87,7 @@ def assemble_report(title: str, titles: Mapping[str, str], results: Results) -> 
         episodes_per_task=evaluation.episodes_per_task,
         seed=evaluation.seed,
         sites=site_errors(card),
+        factors=attention_factors(card),
         examples=results.examples,
         steps=tuple(map(step_report, results.steps)),
         notes=notes(evaluation, results.verified, titles),
@@ -190,6 +192,18 @@ def site_errors(card: CheckpointCard) -> tuple[SiteError, ...]:
         for entry in card.plan.quantized
         if entry.site in errors
     )
+
+
+def attention_factors(card: CheckpointCard) -> tuple[AttentionFactors, ...]:
+    """Return what the attention corrections of the recipe multiply with, pass by pass."""
+    return tuple(
+        AttentionFactors(
+            kind=report.kind, site=entry.site, layer=entry.layer, raw=entry.raw,
+            applied=entry.applied, clip=report.clip or 0.0, band=report.band or 0.0,
+        )
+        for report in card.reports
+        for entry in report.factors
+    )  # fmt: skip
 
 
 def success_note(pair: PairResult, titles: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from quantvla.evaluate.results import ArmResult, TaskResult
+from quantvla.report.factors import factor_figure
 from quantvla.report.render import DARK, LIGHT, png_data_uri
 from quantvla.report.structure import ArmReport, Report, SiteError
 from quantvla.report.table import stage_names
@@ -201,6 +202,14 @@ _RECIPES = (
         "calibration set. Empty cells stay in float, or are dropped because nothing reads them.",
         lambda report: bool(report.sites),
         site_error_figure,
+    ),
+    _Recipe(
+        "factors",
+        "Attention corrections",
+        "What each head's logits (alpha) and each attention's output (beta) are multiplied with, folded "
+        "into the weights. 1: inside the neutral band; a star: cut at the bound.",
+        lambda report: bool(report.factors),
+        factor_figure,
     ),
     _Recipe(
         "chunks",

@@ -84,6 +84,21 @@ class SiteError(msgspec.Struct, frozen=True, kw_only=True):
     relative_error: float
 
 
+class AttentionFactors(msgspec.Struct, frozen=True, kw_only=True):
+    """What a correction multiplies one attention with, per head (``atm``) or once (``ohb``).
+
+    ``raw`` as measured, ``applied`` after the neutral band (exactly 1) and the clip at e^±``clip``.
+    """
+
+    kind: str
+    site: str
+    layer: int
+    raw: tuple[float, ...]
+    applied: tuple[float, ...]
+    clip: float
+    band: float
+
+
 class ChunkExample(msgspec.Struct, frozen=True, kw_only=True):
     """Chunks of all arms for one held-out observation and one noise: arm -> (horizon, dim), physical units."""
 
@@ -121,6 +136,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     episodes_per_task: int = 0
     seed: int = 0
     sites: tuple[SiteError, ...] = ()
+    factors: tuple[AttentionFactors, ...] = ()
     examples: tuple[ChunkExample, ...] = ()
     steps: tuple[StepReport, ...] = ()
     notes: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ LAYERS = {
         "quantvla.quantizer",
         "quantvla.second_order",
         "quantvla.float_weights",
+        "quantvla.rotation",
         "quantvla.statistics",
         "quantvla.structure",
         "quantvla.schemes",

@@ -141,7 +141,7 @@ def test_a_killed_process_leaves_nothing_broken_and_resumes(
         "--calib", str(tiny_set), "-o", str(output),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    weights = output.with_name("out.work") / "weights"
+    weights = output.with_name("out.work") / "pass-0" / "weights"
     deadline = time.monotonic() + 240
     while not (weights.is_dir() and len(list(weights.iterdir())) > 3):
         assert process.poll() is None and time.monotonic() < deadline
