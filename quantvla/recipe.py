@@ -101,8 +101,16 @@ _PHASES = ("equivalence", "rounding", "correction")
 
 
 def _require_order(path: Path, recipe: Recipe) -> None:
-    """Raise unless folds come before rounding, and corrections after it."""
+    """Raise unless folds come before rounding, corrections after it, and rotations once."""
     latest = 0
+    kinds = [step.__struct_config__.tag for step in recipe.passes]
+    for kind in ("rotate", "permute"):
+        if kinds.count(kind) > 1:
+            raise explain(
+                path,
+                f"has pass {kind} twice, and the second would undo part of the first",
+                remedy="leave one of them out",
+            )
     for step in recipe.passes:
         phase = _PHASES.index(step.phase)
         if phase < latest:

@@ -125,11 +125,13 @@ class Demo:
         """Compare an engine with the float policy on held-out frames."""
         plan = self.plan
         output = plan.directory / f"verify-{name}.json"
+        quantized = None if name == "float" else self.quantized
+        option = "" if quantized is None else f"--quantized {quantized} "
         step = Step(
             name=f"verify {name}",
             title=f"verify the {name} engine",
             command=f"quantvla verify {self.engines[name]} --policy.path {plan.checkpoint} "
-            f"--calib {plan.calibration} --frames {plan.heldout_frames} --json",
+            f"--calib {plan.calibration} --frames {plan.heldout_frames} {option}--json",
             output=output,
             inputs=(self.source, self.heldout.checksum, str(plan.seed), *digests),
         )
@@ -141,6 +143,7 @@ class Demo:
                     plan.checkpoint,
                     self.heldout,
                     float_engine=self.engines["float"],
+                    quantized=quantized,
                     seed=plan.seed,
                     progress=progress,
                 )

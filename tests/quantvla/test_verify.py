@@ -11,11 +11,12 @@ from click.testing import CliRunner
 from quantvla.calib_sets import open_set
 from quantvla.cli.verify import verify as command
 from quantvla.export.engine import export_engine
+from quantvla.export.integers import integer_sites
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_file
 from quantvla.runtime.manifest import encode_manifest, read_manifest
 from quantvla.testing.smolvla import write_random_checkpoint
-from quantvla.verify import Thresholds, verify
+from quantvla.verify import KernelError, Thresholds, _same_integers, verify
 
 
 def test_a_float_engine_passes_with_no_quantization(
@@ -28,17 +29,23 @@ def test_a_float_engine_passes_with_no_quantization(
 
 
 def test_an_integer_engine_is_near_its_reference_and_further_from_float(
-    tiny_integer_engine: Path, tiny_float_engine: Path, tiny_checkpoint: Path, tiny_set: Path
+    tiny_integer_engine: Path,
+    tiny_float_engine: Path,
+    tiny_checkpoint: Path,
+    tiny_quantized: Path,
+    tiny_set: Path,
 ) -> None:
     report = verify(
         tiny_integer_engine,
         tiny_checkpoint,
         open_set(tiny_set).part("heldout"),
         float_engine=tiny_float_engine,
+        quantized=tiny_quantized,
     )
     assert report.passed and report.integer_sites > 0
     assert report.parity.max_abs < 1e-4
-    assert report.kernel.max_abs < 1e-3 and 0 < report.kernel.share < 0.2
+    assert report.kernel.max_abs < 1e-3
+    assert report.kernel.share is not None and 0 < report.kernel.share < 0.2
     assert (
         len(report.quantization.velocity_teacher_forced)
         == len(report.quantization.velocity_free_running)
@@ -75,9 +82,27 @@ def test_a_wrong_kernel_is_noticed(
         encode_manifest(msgspec.structs.replace(manifest, files=files))
     )
     report = verify(
-        engine, tiny_checkpoint, open_set(tiny_set).part("heldout"), float_engine=tiny_float_engine
+        engine,
+        tiny_checkpoint,
+        open_set(tiny_set).part("heldout"),
+        float_engine=tiny_float_engine,
+        quantized=tiny_quantized,
     )
-    assert not report.passed and report.kernel.share > 0.5
+    assert not report.passed
+    assert report.kernel.share is not None and report.kernel.share > 0.5
+
+
+def test_chunks_are_compared_with_the_checkpoint_of_the_same_integers_only(
+    tiny_quantized: Path, tiny_integer_engine: Path
+) -> None:
+    integers = list(integer_sites(tiny_integer_engine, read_manifest(tiny_integer_engine)))
+    _same_integers(tiny_integer_engine, tiny_quantized, integers)
+    with pytest.raises(QuantVLAError, match=r"has other integers than .*; give the quantized"):
+        _same_integers(tiny_integer_engine, tiny_quantized, integers[1:])
+    apart = KernelError(1e-5, None, None, None)
+    assert apart.within(Thresholds()) and not KernelError(1e-2, None, None, None).within(
+        Thresholds()
+    )
 
 
 def test_another_checkpoint_is_refused(
