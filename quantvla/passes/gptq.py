@@ -31,7 +31,8 @@ class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     ``target``: ``teacher`` also makes up for the drift of the inputs since the float model (see
     `corrected_target`), ``weight`` rounds the weight as it is. ``tokens``: ``attended`` lets a
     context token count as much as the action head attends to it (the idea of RSQ, arXiv 2503.01820):
-    the one state token matters more than a hundred image patches. ``step``: linears whose inputs are
+    the one state token matters more than a hundred image patches. ``dynamic``, ``polish``: see
+    `SecondOrder`. ``step``: linears whose inputs are
     taken in one run over the calibration set; with ``layer`` and ``stage``, which are cheaper, what
     comes before a linear in the same layer or stage is still float when its input is taken. ``too_few``: what happens to a site whose input
     has more channels than the calibration set gives rows.
@@ -42,7 +43,7 @@ class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     target: Literal["weight", "teacher"] = "teacher"
     tokens: Literal["attended", "equal"] = "attended"
     target_damp: Annotated[float, msgspec.Meta(gt=0)] = 0.01
-    dynamic: bool = False
+    dynamic: bool = True
     polish: Annotated[int, msgspec.Meta(ge=0)] = 0
     step: Literal["input", "layer", "stage"] = "input"
     too_few: Literal["refuse", "round"] = "refuse"
