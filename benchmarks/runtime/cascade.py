@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no goal after so long")
     given = parser.parse_args()
     thresholds = _thresholds(given)
     never, always = CascadeSpec(threshold=1e9, steps=given.steps, samples=2), None
@@ -57,6 +58,7 @@ def main() -> None:
         episodes=given.episodes,
         seed=given.seed,
         processes=given.processes,
+        minutes=given.minutes,
     )
     result = {
         "command": f"python benchmarks/runtime/cascade.py {pinned(given.engine)} --steps {given.steps} "

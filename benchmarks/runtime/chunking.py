@@ -3,8 +3,8 @@
     python benchmarks/runtime/chunking.py build/engines/w4a8 -o benchmarks/runtime/chunking.json
 
 The loop runs in virtual time: a chunk is there exactly ``delay`` ticks after it was asked for, on
-any machine. All arms get the same goals and noise seeds. `vjp` arms run if the engine was exported
-with `--guidance`.
+any machine. All arms get the same goals and noise seeds. Without delay there is nothing to blend or
+to continue, so only `sync` and `async` run there. `vjp` needs an engine exported with `--guidance`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no goal after so long")
     given = parser.parse_args()
     has_graph = read_manifest(given.engine).guidance is not None
     conditions = [
         Condition(f"{arm}, delay {delay}", str(given.engine), ARMS[arm], delay)
         for delay in given.delays
         for arm in given.arms
-        if has_graph or arm != "rtc vjp"
+        if (has_graph or arm != "rtc vjp") and (delay or arm in ("sync", "async"))
     ]
     found = run_conditions(
         conditions,
@@ -57,6 +58,7 @@ def main() -> None:
         episodes=given.episodes,
         seed=given.seed,
         processes=given.processes,
+        minutes=given.minutes,
     )
     baseline = found[conditions[0].name]
     arms = {}

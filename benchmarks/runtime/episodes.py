@@ -157,15 +157,29 @@ def _steps(ticks: list[TickRecord]) -> tuple[list[float], list[float]]:
 
 
 def run_conditions(
-    conditions: list[Condition], *, tasks: tuple[str, ...], episodes: int, seed: int, processes: int
+    conditions: list[Condition],
+    *,
+    tasks: tuple[str, ...],
+    episodes: int,
+    seed: int,
+    processes: int,
+    minutes: float,
 ) -> dict[str, list[Episode]]:
-    """Return the episodes of every condition: the same goals for all."""
+    """Return the episodes of every condition: the same goals for all.
+
+    Goals are begun, one of each task after the other, until ``minutes`` have passed: all
+    conditions have run on every goal that is returned.
+    """
     found: dict[str, list[Episode]] = {condition.name: [] for condition in conditions}
-    jobs = [(c, t, e) for t in tasks for e in range(episodes) for c in conditions]
+    end_s = time.monotonic() + minutes * 60
+    goals = [(task, episode) for episode in range(episodes) for task in tasks]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = [(c.name, pool.submit(run_episode, c, t, e, seed)) for c, t, e in jobs]
-        for name, future in track(futures, description="episodes"):
-            found[name].append(future.result())
+        for task, episode in track(goals, description="goals"):
+            if time.monotonic() > end_s:
+                break
+            futures = [pool.submit(run_episode, c, task, episode, seed) for c in conditions]
+            for condition, future in zip(conditions, futures, strict=True):
+                found[condition.name].append(future.result())
     return found
 
 

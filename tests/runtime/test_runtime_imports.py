@@ -28,6 +28,7 @@ class Blocker(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocker())
 import quantvla.runtime.policy, quantvla.runtime.bench, quantvla.runtime.control.replay
+import quantvla.cli.run, quantvla.cli.replay, quantvla.robots.recorded
 assert "onnxruntime" not in sys.modules, "the engine library must be loaded lazily"
 from quantvla.runtime.policy import Policy
 with Policy.from_pretrained(sys.argv[1], threads=1) as policy:
