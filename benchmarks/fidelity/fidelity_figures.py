@@ -1,0 +1,101 @@
+"""The figures of docs/fidelity.md that are not those of `quantvla compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from arm_result import ArmRecord, Bed
+from matplotlib.figure import Figure
+from sweep import Sweep
+
+from quantvla.report.render import render_png
+
+_BED_COLOURS = {"reference": "#3b82c4", "hard": "#e07b28"}
+_GREY = "#8c8c8c"
+
+
+def size_png(records: Sequence[ArmRecord]) -> bytes:
+    """Return the paired action error against the bytes of the linears, one dot per arm."""
+    return render_png(lambda: _size_figure(records))
+
+
+def beds_png(records: Sequence[ArmRecord]) -> bytes:
+    """Return success on both beds with Wilson's interval, one row per arm."""
+    return render_png(lambda: _beds_figure(records))
+
+
+def sweep_png(sweep: Sweep) -> bytes:
+    """Return the float policy's success against the strength of every perturbation."""
+    return render_png(lambda: _sweep_figure(sweep))
+
+
+def _size_figure(records: Sequence[ArmRecord]) -> Figure:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for record in records:
+        if record.size is None or record.compared is None or record.compared.result is None:
+            continue
+        x = record.size.linear_bytes / 1e6
+        y = 100 * record.compared.result.error.nrmse
+        axes.plot(x, y, "o", color=_GREY if record.simulated else "#3b82c4", fillstyle="none" if record.simulated else "full")  # fmt: skip
+        axes.annotate(record.arm, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axes.set_yscale("log")
+    axes.margins(x=0.15)
+    axes.set_xlabel("all linears, MB, scales counted (float ones in half precision)")
+    axes.set_ylabel("paired action error, relative RMS, %")
+    axes.grid(which="both", alpha=0.5)
+    return figure
+
+
+def _beds_figure(records: Sequence[ArmRecord]) -> Figure:
+    rows = [record for record in records if record.beds]
+    figure = Figure(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, colour), offset in zip(_BED_COLOURS.items(), (-0.14, 0.14), strict=True):
+        labelled = False
+        for row, record in enumerate(rows):
+            bed = record.beds.get(name)
+            if bed is None:
+                continue
+            rate, low, high = _rates(bed)
+            axes.errorbar(
+                rate, row + offset, xerr=[[rate - low], [high - rate]], fmt="o", markersize=4,
+                capsize=2.5, color=colour, label=None if labelled else f"{name} tasks",
+            )  # fmt: skip
+            labelled = True
+        first = rows[0].beds.get(name)
+        if first is not None:
+            axes.axvline(_rates(first)[0], color=colour, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(rows)), [record.arm for record in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("success, % (dotted: the float policy)")
+    axes.grid(axis="x")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _sweep_figure(sweep: Sweep) -> Figure:
+    kinds = list(dict.fromkeys(rung.kind for rung in sweep.rungs))
+    figure = Figure(figsize=(2.4 * len(kinds) + 0.8, 2.6), layout="constrained")
+    plain = [sweep.plain[task] for task in sweep.bed.tasks]
+    start = 100 * sum(r.successes for r in plain) / sum(r.episodes for r in plain)
+    for axes, kind in zip(
+        np.atleast_1d(figure.subplots(1, len(kinds), sharey=True)), kinds, strict=True
+    ):
+        rungs = [rung for rung in sweep.rungs if rung.kind == kind]
+        labels = ["none", *(f"{rung.strength:g}" for rung in rungs)]
+        rates = [start, *(100 * rung.success.rate for rung in rungs)]
+        axes.plot(range(len(rates)), rates, "o-", color="#3b82c4", markersize=4)
+        axes.axhline(100 * sweep.master, color=_GREY, linewidth=1, linestyle="--")
+        axes.set_xticks(range(len(labels)), labels, fontsize=7)
+        axes.set_title("denoise steps" if kind == "steps" else kind, fontsize=9)
+        axes.set_ylim(-3, 103)
+        axes.grid(axis="y")
+    figure.supylabel("float policy's success, %", fontsize=9)
+    return figure
+
+
+def _rates(bed: Bed) -> tuple[float, float, float]:
+    low, high = bed.success.ci95
+    return 100 * bed.success.rate, 100 * low, 100 * high
