@@ -97,6 +97,14 @@ class DynamicMatMulLinear(_KernelLinear):
 def lower(site: str, linear: QuantizedLinear) -> nn.Module:
     """Return the module that exports as this target's kernel for the site."""
     bits, inputs = linear.quantized.bits, linear.quantized.inputs
+    if inputs == "int8_static":
+        raise explain(
+            site,
+            "its activation scales are fixed per input channel, and a scale that varies along the sum "
+            "cannot leave an integer dot product, so that it has no kernel on any target",
+            remedy="run the quantized checkpoint in torch (quantvla eval, quantvla compare), or use a "
+            "recipe with w4a8",
+        )
     if inputs == "uint8_tensor" and bits == 8:
         return DynamicMatMulLinear(linear)
     if inputs != "uint8_tensor" and bits in (4, 8):

@@ -26,7 +26,7 @@ from quantvla.float_weights import FloatWeights
 from quantvla.passes.base import PassReport
 from quantvla.plan import CARD_FILE, Plan
 from quantvla.quantized_linear import QuantizedLinear
-from quantvla.quantizer import QuantizedWeight, pack_codes, unpack_codes
+from quantvla.quantizer import QuantizedWeight, StaticInput, pack_codes, unpack_codes
 from quantvla.recipe import Recipe
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file
@@ -79,6 +79,9 @@ def write_checkpoint(
     for site, weight in weights.items():
         tensors[f"{site}.codes"] = pack_codes(weight.codes, weight.bits)
         tensors[f"{site}.scales"] = weight.scales
+        if weight.static is not None:
+            tensors[f"{site}.transform"] = weight.static.transform
+            tensors[f"{site}.input_scales"] = weight.static.scales
     save_file(tensors, directory / WEIGHTS)
     files = {
         path.relative_to(directory).as_posix(): sha256_file(path)
@@ -164,9 +167,16 @@ def read_weights(directory: Path, plan: Plan) -> dict[str, QuantizedWeight]:
             unpack_codes(tensors[f"{entry.site}.codes"], entry.scheme.weight_bits),
             tensors[f"{entry.site}.scales"],
             bits=entry.scheme.weight_bits, block=entry.scheme.block, inputs=entry.scheme.inputs,
+            static=_static(tensors, entry.site),
         )
         for entry in plan.quantized
     }  # fmt: skip
+
+
+def _static(tensors: Mapping[str, Tensor], site: str) -> StaticInput | None:
+    if f"{site}.transform" not in tensors:
+        return None
+    return StaticInput(tensors[f"{site}.transform"], tensors[f"{site}.input_scales"])
 
 
 def read_added(directory: Path) -> dict[str, Tensor]:

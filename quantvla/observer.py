@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,23 @@ class CalibrationObserver:
                 )
         return found
 
-    def logits(self, queries: Sequence[str], *, what: str) -> Mapping[str, LogitSums]:
+    def first_call(self, sites: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the inputs (tokens, in) of these sites in the first call of the first frame."""
+        found: dict[str, Tensor] = {}
+        for stage in self._stages_of(sites):
+            own = [site for site in sites if self._stage_of[site] == stage]
+            linears = {site: self._loaded.policy.get_submodule(site) for site in own}
+            frame = self._ready_frames("teacher")[0]
+            first = replace(frame, states=frame.states[:1])
+            with self._teacher():
+                found |= self._inputs(
+                    linears, stage, next(self._sampled(stage, frame.teacher, first))
+                )
+        return found
+
+    def logits(
+        self, queries: Sequence[str], *, what: str, frames: int | None = None
+    ) -> Mapping[str, LogitSums]:
         """Return the spread of attention logits per head, by query projection."""
         found = {query: LogitSums() for query in queries}
 
@@ -144,20 +160,22 @@ class CalibrationObserver:
                 sums.add_(_visible_logits(q, k, mask))
 
         for stage in self._stages_of(queries):
-            for call in self._calls(stage, what):
+            for call in self._calls(stage, what, frames):
                 with self._teacher(), self._loaded.tap_attention(partial(see, False)):
                     run_stage(self._loaded.stage(stage), call.teacher)
                 with self._student(), self._loaded.tap_attention(partial(see, True)):
                     run_stage(self._loaded.stage(stage), call.student)
         return found
 
-    def outputs(self, sites: Sequence[str], *, what: str) -> Mapping[str, OutputSums]:
+    def outputs(
+        self, sites: Sequence[str], *, what: str, frames: int | None = None
+    ) -> Mapping[str, OutputSums]:
         """Return the outputs of these linears per channel."""
         width = {site.name: site.out_features for site in self._loaded.sites}
         found = {site: OutputSums.empty(width[site]) for site in sites}
         for stage in self._stages_of(sites):
             own = [site for site in sites if self._stage_of[site] == stage]
-            for call in self._calls(stage, what):
+            for call in self._calls(stage, what, frames):
                 with self._teacher():
                     teacher = self._seen_outputs(own, stage, call.teacher)
                 with self._student():
@@ -183,9 +201,9 @@ class CalibrationObserver:
         wanted = {self._stage_of[site] for site in sites}
         return [stage.name for stage in self._loaded.stages if stage.name in wanted]
 
-    def _calls(self, stage: str, what: str) -> Iterator[_Call]:
+    def _calls(self, stage: str, what: str, first: int | None = None) -> Iterator[_Call]:
         """Yield every call of a stage over the set; the student's is on the teacher's denoising states."""
-        frames = self._ready_frames(what)
+        frames = self._ready_frames(what)[:first]
         for index, frame in enumerate(frames):
             self._progress(what, index, len(frames))
             self._finish_student(frame, before=stage)
@@ -206,7 +224,7 @@ class CalibrationObserver:
             return
         calls = [
             {**known, sampler.state: x, sampler.time: np.array([time], np.float32)}
-            for x, time in zip(frame.states, sampler.timesteps, strict=True)
+            for x, time in zip(frame.states, sampler.timesteps, strict=False)
         ]
         yield from _stacked(self._loaded.stage(stage), calls)
 

@@ -32,8 +32,12 @@ class SimulatedLinear(nn.Module):
         self.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
         self.bias = bias
         self.out_features, self.in_features = weight.codes.shape
-        self._block, self._inputs = weight.block, weight.inputs
+        self._block, self._inputs, self._static = weight.block, weight.inputs, weight.static
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = represented_input(x.reshape(-1, x.shape[-1]), self._block, self._inputs)
+        rows = x.reshape(-1, x.shape[-1])
+        if self._static is not None:
+            rows = self._static.represented(rows)
+        else:
+            rows = represented_input(rows, self._block, self._inputs)
         return functional.linear(rows, self.weight, self.bias).view(*x.shape[:-1], -1)

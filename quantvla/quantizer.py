@@ -23,12 +23,29 @@ _TINY = 2.0**-24  # the smallest positive half-precision number
 
 
 @dataclass(frozen=True)
+class StaticInput:
+    """What a simulated linear does to its input before it multiplies.
+
+    x (tokens, in) times ``transform`` (in, in), rounded to int8 with ``scales`` (in,), both float32.
+    """
+
+    transform: Tensor
+    scales: Tensor
+
+    def represented(self, x: Tensor) -> Tensor:
+        """Return the transformed input as its codes represent it: (tokens, in) -> (tokens, in) float32."""
+        codes = (x.float() @ self.transform / self.scales).round().clamp(-INT8_MAX, INT8_MAX)
+        return codes * self.scales
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """Integer weight of one linear.
 
     ``codes``: (out, in) int8 in [-2^(bits-1), 2^(bits-1) - 1]; ``scales``: (out, in / block)
     float16. The weight they stand for is ``codes * scales`` with each scale spread over its block.
-    ``inputs`` is what a kernel multiplies them with (see `Scheme`).
+    ``inputs`` is what a kernel multiplies them with (see `Scheme`), ``static`` what ``int8_static``
+    ones need besides.
     """
 
     codes: Tensor
@@ -36,6 +53,7 @@ class QuantizedWeight:
     bits: int
     block: int
     inputs: Inputs = "int8_block"
+    static: StaticInput | None = None
 
     def dequantize(self) -> Tensor:
         """Return the represented weight: (out, in) float32."""
@@ -163,7 +181,9 @@ def integer_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = Non
     Dot products of integer codes are exact; they are scaled and added in float32.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if weight.inputs == "float":
+    if weight.static is not None:
+        out = weight.static.represented(flat) @ weight.dequantize().t()
+    elif weight.inputs == "float":
         out = flat.float() @ weight.dequantize().t()
     elif weight.inputs == "uint8_tensor":
         codes, scale = quantize_tensor(flat)

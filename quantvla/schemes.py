@@ -9,7 +9,7 @@ from quantvla.runtime.errors import explain, nearest
 
 FP16_BITS = 16
 SCALE_BITS = 16  # scales are stored in half precision
-Inputs = Literal["int8_block", "uint8_tensor", "float"]
+Inputs = Literal["int8_block", "uint8_tensor", "float", "int8_static"]
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,12 @@ class Scheme:
     - ``int8_block``: signed 8-bit integers, symmetric, one scale per token and block;
     - ``uint8_tensor``: unsigned 8-bit integers with a zero point, one scale for all tokens, so that
       a whole row of the weight has one scale (``block`` is the input dimension);
-    - ``float``: the input as it is; only the weight is quantized.
+    - ``float``: the input as it is; only the weight is quantized;
+    - ``int8_static``: signed 8-bit integers with one scale per input channel, fixed at calibration.
+      A scale that varies along the sum cannot leave an integer dot product, so that this format is
+      simulated in float and has no kernel anywhere.
 
-    Scales of inputs are computed at run time. ``block == 0`` and ``weight_bits == 16`` is the float
+    All other scales of inputs are computed at run time. ``block == 0`` and ``weight_bits == 16`` is the float
     format.
     """
 
@@ -61,6 +64,7 @@ _INTEGER: dict[str, tuple[int, int, Inputs]] = {
     "w8a16": (8, FP16_BITS, "float"),
 }
 INTEGER_SCHEMES = tuple(_INTEGER)
+_SIMULATED: dict[str, tuple[int, int, Inputs]] = {"w4a8-static": (4, 8, "int8_static")}
 
 
 def scheme_name(weight_bits: int, inputs: Inputs) -> str:
@@ -77,9 +81,10 @@ def resolve_scheme(name: str, blocks: tuple[int, ...], *, site: str, in_features
     """
     if name == FLOAT.name:
         return FLOAT
-    if name not in _INTEGER:
-        raise explain(f"scheme {name!r}", "unknown", remedy=nearest(name, [FLOAT.name, *_INTEGER]))
-    weight_bits, activation_bits, inputs = _INTEGER[name]
+    known = _INTEGER | _SIMULATED
+    if name not in known:
+        raise explain(f"scheme {name!r}", "unknown", remedy=nearest(name, [FLOAT.name, *known]))
+    weight_bits, activation_bits, inputs = known[name]
     if inputs == "uint8_tensor":
         blocks = (in_features,)
     for block in blocks:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from quantvla.plan import Plan
-from quantvla.quantizer import QuantizedWeight
+from quantvla.quantizer import QuantizedWeight, StaticInput
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import write_atomic
 from quantvla.schemes import Inputs
@@ -36,10 +36,13 @@ class DirectoryStore:
 
     def put(self, site: str, weight: QuantizedWeight) -> None:
         """Keep the weight of a site."""
+        tensors = {"codes": weight.codes, "scales": weight.scales}
+        if weight.static is not None:
+            tensors |= {"transform": weight.static.transform, "input_scales": weight.static.scales}
         metadata = {"bits": str(weight.bits), "block": str(weight.block), "inputs": weight.inputs}
         write_atomic(
             self._folders[-1] / f"{site}.safetensors",
-            save({"codes": weight.codes, "scales": weight.scales}, metadata),
+            save(tensors, metadata),
         )
 
     def get(self, site: str) -> QuantizedWeight:
@@ -49,10 +52,15 @@ class DirectoryStore:
         try:
             with safe_open(path, framework="pt") as stored:
                 metadata = stored.metadata()
+                static = None
+                if metadata["inputs"] == "int8_static":
+                    static = StaticInput(
+                        stored.get_tensor("transform"), stored.get_tensor("input_scales")
+                    )
                 return QuantizedWeight(
                     stored.get_tensor("codes"), stored.get_tensor("scales"),
                     bits=int(metadata["bits"]), block=int(metadata["block"]),
-                    inputs=msgspec.convert(metadata["inputs"], Inputs),
+                    inputs=msgspec.convert(metadata["inputs"], Inputs), static=static,
                 )  # fmt: skip
         except (SafetensorError, OSError) as error:
             raise explain(

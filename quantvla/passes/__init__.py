@@ -7,9 +7,10 @@ from quantvla.passes.fold_norms import FoldNorms
 from quantvla.passes.gptq import Gptq
 from quantvla.passes.ohb import BalanceOutputs
 from quantvla.passes.permute import Permute
+from quantvla.passes.published import Published
 from quantvla.passes.rotate import Rotate
 from quantvla.passes.round_weights import RoundWeights
 from quantvla.passes.smooth import Smooth
 
 EquivalencePass = FoldNorms | Smooth | Rotate | Permute
-Pass = EquivalencePass | RoundWeights | Gptq | MatchTemperature | BalanceOutputs
+Pass = EquivalencePass | RoundWeights | Gptq | Published | MatchTemperature | BalanceOutputs

@@ -21,18 +21,22 @@ class MatchTemperature(
     """alpha = Std(teacher's logits) / Std(student's), per head, multiplied into the student's logits.
 
     It goes into the rows of W_q and b_q of the head (rotary embedding commutes with it), or where a
-    q-norm follows W_q, into the gain of that norm, one per head from then on.
+    q-norm follows W_q, into the gain of that norm, one per head from then on. ``frames``: how many
+    calibration frames are looked at (all of them when absent).
     """
 
     phase: ClassVar[Kind] = "correction"
     parts: tuple[str, ...] = ("expert",)
     clip: Bound = 0.30
     band: Bound = 0.03
+    frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
     def __call__(self, subject: Subject, progress: Progress) -> PassReport:
         """Measure every attention of ``parts`` at once, then fold."""
         attentions = [a for a in subject.structure.attentions if a.part in self.parts]
-        seen = subject.observer.logits([a.q for a in attentions], what="attention temperature")
+        seen = subject.observer.logits(
+            [a.q for a in attentions], what="attention temperature", frames=self.frames
+        )
         factors = []
         for attention in attentions:
             sums = seen[attention.q]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
-from torch import nn
+from torch import Tensor, nn
 
 from quantvla.float_weights import FloatWeights
 from quantvla.plan import Plan, PlanEntry
@@ -53,12 +53,20 @@ class Observer(Protocol):
         """
         ...
 
-    def logits(self, queries: Sequence[str], *, what: str) -> Mapping[str, LogitSums]:
-        """Return the spread of attention logits per head, by query projection."""
+    def first_call(self, sites: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the inputs (tokens, in) of these sites in the first call of the first frame."""
         ...
 
-    def outputs(self, sites: Sequence[str], *, what: str) -> Mapping[str, OutputSums]:
-        """Return the outputs of these linears per channel."""
+    def logits(
+        self, queries: Sequence[str], *, what: str, frames: int | None = None
+    ) -> Mapping[str, LogitSums]:
+        """Return the spread of attention logits per head, by query projection; over the first ``frames`` only."""
+        ...
+
+    def outputs(
+        self, sites: Sequence[str], *, what: str, frames: int | None = None
+    ) -> Mapping[str, OutputSums]:
+        """Return the outputs of these linears per channel; over the first ``frames`` only."""
         ...
 
     def forward_order(self, sites: Sequence[str]) -> Sequence[str]:

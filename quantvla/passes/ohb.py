@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
 import torch
@@ -19,18 +19,22 @@ class BalanceOutputs(
     """beta = RMS(teacher's attention output) / RMS(student's), per layer, after the output projection.
 
     It goes into W_o and b_o, or into the dequantization scales of an integer W_o. A gate on the
-    residual comes later and does not mind.
+    residual comes later and does not mind. ``frames``: how many calibration frames are looked at
+    (all of them when absent).
     """
 
     phase: ClassVar[Kind] = "correction"
     parts: tuple[str, ...] = ("expert",)
     clip: Bound = 0.30
     band: Bound = 0.03
+    frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
     def __call__(self, subject: Subject, progress: Progress) -> PassReport:
         """Measure every attention of ``parts`` at once, then fold."""
         attentions = [a for a in subject.structure.attentions if a.part in self.parts]
-        seen = subject.observer.outputs([a.o for a in attentions], what="attention output")
+        seen = subject.observer.outputs(
+            [a.o for a in attentions], what="attention output", frames=self.frames
+        )
         factors = []
         for attention in attentions:
             sums = seen[attention.o]

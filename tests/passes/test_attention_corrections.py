@@ -188,7 +188,7 @@ class Drifted:
     output_factor: float
     frames: int = 1
 
-    def logits(self, queries: Sequence[str], *, what: str) -> Mapping[str, LogitSums]:
+    def logits(self, queries: Sequence[str], **_: object) -> Mapping[str, LogitSums]:
         found = {}
         for query in queries:
             sums = LogitSums()
@@ -198,7 +198,7 @@ class Drifted:
             found[query] = sums
         return found
 
-    def outputs(self, sites: Sequence[str], *, what: str) -> Mapping[str, OutputSums]:
+    def outputs(self, sites: Sequence[str], **_: object) -> Mapping[str, OutputSums]:
         found = {}
         for site in sites:
             sums, values = OutputSums.empty(32), torch.randn(500, 32)
