@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from msgspec import structs
 from torch import nn
 
-from quantvla.calib_sets import RobotSpec
-from quantvla.checkpoint import is_quantized, load_quantized
 from quantvla.export import lowering_cpu
 from quantvla.export.graphs import export_graph, save_graph
 from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
-from quantvla.families import load_policy
+from quantvla.export.source import SourcePolicy, load_source
 from quantvla.families.base import LoadedPolicy, replaced
 from quantvla.progress import Progress
 from quantvla.quantized_linear import QuantizedLinear
 from quantvla.runtime.errors import explain, nearest
-from quantvla.runtime.files import atomic_directory, sha256_file, sha256_tree
+from quantvla.runtime.files import atomic_directory, sha256_file
 from quantvla.runtime.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     Manifest,
-    Source,
     StageSpec,
     encode_manifest,
 )
@@ -34,7 +30,6 @@ from quantvla.versions import compiler_versions
 
 Lowering = Callable[[str, QuantizedLinear], nn.Module]
 TARGETS: dict[str, Lowering] = {"cpu": lowering_cpu.lower}
-FLOAT_RECIPE = "float"
 
 
 def export_engine(
@@ -55,42 +50,17 @@ def export_engine(
         raise explain(f"target {target!r}", "unknown", remedy=nearest(target, TARGETS))
     if output.exists() and not overwrite:
         raise explain(output, "already exists", remedy="choose another output or pass --overwrite")
-    if is_quantized(checkpoint):
-        loaded, card = load_quantized(checkpoint)
-        loaded = with_names(loaded, card.calibration.robot)
-        recipe, source = card.recipe.name, card.source_sha256
-        calibration: str | None = card.calibration.sha256
-    else:
-        loaded, recipe, source, calibration = (
-            load_policy(checkpoint),
-            FLOAT_RECIPE,
-            sha256_tree(checkpoint),
-            None,
-        )
+    source = load_source(checkpoint)
     with atomic_directory(output, overwrite=overwrite) as directory:
-        stages = _write_stages(directory, loaded, TARGETS[target], progress)
-        guided = export_guidance(directory, loaded) if guidance else None
-        for name, content in loaded.interface.files.items():
+        stages = _write_stages(directory, source.loaded, TARGETS[target], progress)
+        guided = export_guidance(directory, source.loaded) if guidance else None
+        for name, content in source.loaded.interface.files.items():
             (directory / name).write_bytes(content)
-        manifest = _manifest(
-            directory, loaded, stages, recipe, target,
-            Source(checkpoint_sha256=source, policy_type=loaded.family, calibration_sha256=calibration),
-        )  # fmt: skip
+        manifest = make_manifest(directory, source, stages, target)
         manifest = structs.replace(manifest, guidance=guided)
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest
-
-
-def with_names(loaded: LoadedPolicy, robot: RobotSpec) -> LoadedPolicy:
-    """Return the policy with the names of its state and action entries, which a checkpoint lacks and a robot has."""
-    interface = loaded.interface
-    state, action = interface.state, interface.action
-    if not state.names and robot.state.dim == state.dim:
-        state = structs.replace(state, names=robot.state.names)
-    if not action.names and robot.action is not None and robot.action.dim == action.dim:
-        action = structs.replace(action, names=robot.action.names)
-    return replace(loaded, interface=replace(interface, state=state, action=action))
 
 
 def lowered(loaded: LoadedPolicy, lower: Lowering) -> dict[str, nn.Module]:
@@ -125,19 +95,15 @@ def _write_stages(
     return tuple(specs)
 
 
-def _manifest(
-    directory: Path,
-    loaded: LoadedPolicy,
-    stages: tuple[StageSpec, ...],
-    recipe: str,
-    target: str,
-    source: Source,
+def make_manifest(
+    directory: Path, source: SourcePolicy, stages: tuple[StageSpec, ...], target: str
 ) -> Manifest:
-    interface = loaded.interface
+    """Return the manifest of the engine whose files are in ``directory``."""
+    interface = source.loaded.interface
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        family=loaded.family,
-        recipe=recipe,
+        family=source.loaded.family,
+        recipe=source.recipe,
         target=target,
         stages=stages,
         sampler=interface.sampler,
@@ -151,6 +117,6 @@ def _manifest(
         files={
             path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.is_file()
         },
-        source=source,
+        source=source.origin,
         versions=compiler_versions(),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,14 @@ def memory() -> Memory | None:
         if rest.strip().endswith("kB")
     }
     return Memory(kib["VmRSS"] / 1024, kib["VmHWM"] / 1024, kib["RssAnon"] / 1024)
+
+
+def available_memory_bytes() -> int | None:
+    """Return the memory that programs can still take, None where the system does not tell."""
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None

@@ -9,25 +9,56 @@ from rich.console import Console
 
 from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
+from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options
 from quantvla.export.engine import TARGETS, export_engine
+from quantvla.runtime.errors import explain
+from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 
 
 @click.command()
 @click.argument("checkpoint", type=options.DIRECTORY)
 @click.option(
-    "--target", default="cpu", show_default=True, help=f"Where it runs: {', '.join(TARGETS)}."
-)
+    "--target", default="cpu", show_default=True, help=f"Where it runs: {', '.join((*TARGETS, *GPU_TARGETS))}.",
+)  # fmt: skip
 @click.option(
-    "--guidance", is_flag=True, help="Add the graph for real-time chunking with guidance 'vjp'."
+    "--guidance",
+    is_flag=True,
+    help="Add the graph for real-time chunking with guidance 'vjp' (target cpu).",
 )
+@gpu_options
+@click.option(
+    "--calib", type=options.DIRECTORY,
+    help="Set whose calibration part gives int8 and fp8 inputs their scales.  [default: the bundled set of this robot]",
+)  # fmt: skip
+@click.option("--frames", default=64, show_default=True, help="Calibration frames to use at most.")
+@options.seed
 @options.output
 @options.overwrite
-def export(checkpoint: Path, target: str, guidance: bool, output: Path, overwrite: bool) -> None:
+def export(
+    checkpoint: Path, target: str, guidance: bool, board: str | None, activations: str, precision: str,
+    calib: Path | None, frames: int, seed: int, output: Path, overwrite: bool,
+) -> None:  # fmt: skip
     """Export CHECKPOINT as an engine: a quantized one, or a LeRobot one for the float engine."""
     with progress_bar() as progress:
-        manifest = export_engine(
-            checkpoint, target, output, overwrite=overwrite, guidance=guidance, progress=progress
-        )
+        if target in GPU_TARGETS and guidance:
+            raise explain(
+                f"target {target}", "has no guidance graph", remedy="leave --guidance out; guidance 'prefix' and 'forward' need none",
+            )  # fmt: skip
+        if target in GPU_TARGETS:
+            chosen = GpuOptions(target, board, activations, precision)
+            manifest = export_for_gpu(
+                checkpoint, chosen, output, calib=calib, frames=frames, seed=seed, overwrite=overwrite,
+                progress=progress,
+            )  # fmt: skip
+        else:
+            manifest = export_engine(
+                checkpoint,
+                target,
+                output,
+                overwrite=overwrite,
+                guidance=guidance,
+                progress=progress,
+            )
     size = sum(path.stat().st_size for path in output.iterdir())
     Console(stderr=True).print(
         f"wrote {output}: {manifest.recipe} for {target}, {len(manifest.stages)} graphs, {size / 2**20:.1f} MiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -11,21 +12,41 @@ from rich.table import Table
 
 from quantvla.checkpoint import is_quantized, read_card
 from quantvla.cli import options
+from quantvla.cli.target_options import GpuOptions, gpu_options, plan_for_gpu
+from quantvla.export.source import load_source
 from quantvla.families import load_policy
 from quantvla.layout import make_plan
 from quantvla.plan import Plan
 from quantvla.recipe import read_recipe
+from quantvla.target_plan import TargetPlan
 
 
 @click.command()
 @options.policy_path
 @options.recipe
+@click.option(
+    "--target", help="Say what runs in which format there (jetson-orin, jetson-thor, rtx)."
+)
+@gpu_options
 @options.as_json
-def plan(policy_path: Path, recipe: str, as_json: bool) -> None:
+def plan(
+    policy_path: Path, recipe: str, target: str | None, board: str | None, activations: str,
+    precision: str, as_json: bool,
+) -> None:  # fmt: skip
     """Print the plan of a recipe for a policy: site, stage, shape, scheme, bytes, reason.
 
     Of a quantized checkpoint, print the plan that it was made by.
     """
+    if target is not None:
+        source = load_source(policy_path)
+        chosen = GpuOptions(target, board, activations, precision)
+        scheme = source.plan or make_plan(source.loaded.sites, read_recipe(recipe))
+        on_target = plan_for_gpu(source.loaded, scheme, chosen)
+        if as_json:
+            click.echo(msgspec.json.format(msgspec.json.encode(on_target), indent=1))
+        else:
+            print_target_plan(on_target)
+        return
     if is_quantized(policy_path):
         made = read_card(policy_path).plan
     else:
@@ -64,3 +85,29 @@ def plan_summary(made: Plan) -> str:
         f"{before / 2**20:.2f} MiB in half precision -> {after / 2**20:.2f} MiB with scales "
         f"({made.saving():.1%} less); {len(made.dropped)} dropped because inference never reads them"
     )
+
+
+def print_target_plan(made: TargetPlan) -> None:
+    """Print every site with its format on the board, the totals per stage, and what does not get its scheme."""
+    console = Console(width=None if Console().is_terminal else 200)
+    table = Table(
+        title=f"{made.target}, {made.board}, {made.library}, {made.activations} between linears"
+    )
+    for column in ("site", "stage", "tokens", "scheme", "runs in", "fp16 bytes", "bytes", "reason"):
+        table.add_column(column, overflow="fold")
+    for entry in made.entries:
+        table.add_row(
+            entry.site, entry.stage, str(entry.tokens), entry.scheme, entry.format,
+            f"{entry.half_bytes:,}", f"{entry.weight_bytes:,}", entry.reason,
+        )  # fmt: skip
+    console.print(table)
+    for stage in dict.fromkeys(entry.stage for entry in made.entries):
+        entries = [entry for entry in made.entries if entry.stage == stage]
+        formats = Counter(entry.format for entry in entries)
+        console.print(
+            f"{stage}: {', '.join(f'{n} {name}' for name, n in formats.items())}; weights "
+            f"{sum(e.half_bytes for e in entries) / 2**20:.2f} MiB in half precision -> "
+            f"{sum(e.weight_bytes for e in entries) / 2**20:.2f} MiB"
+        )
+    for entry in made.refused:
+        console.print(f"[yellow]not as planned[/] {entry.site}: {entry.reason}")

@@ -30,6 +30,10 @@ LAYERS = {
     "export": (
         "quantvla.export",
         "quantvla.runtime",
+        "quantvla.activation_scales",
+        "quantvla.plan",
+        "quantvla.statistics",
+        "quantvla.target_plan",
         "quantvla.families",
         "quantvla.checkpoint",
         "quantvla.progress",

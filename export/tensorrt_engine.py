@@ -1,0 +1,230 @@
+"""`quantvla export --target jetson-orin|jetson-thor|rtx`: strongly typed graphs for TensorRT.
+
+The graphs are plain ONNX: `quantvla build` on the GPU compiles them, and ONNX Runtime runs the same
+files unfused, which is how their numerics are checked without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from quantvla.activation_scales import static_inputs
+from quantvla.export.attention_form import shape_attention_
+from quantvla.export.engine import make_manifest
+from quantvla.export.euler_output import add_next_state_, next_state_spec
+from quantvla.export.graphs import export_graph, save_graph
+from quantvla.export.half_precision import to_half_
+from quantvla.export.site_marks import SiteMark
+from quantvla.export.source import SourcePolicy
+from quantvla.export.tensorrt_rules import check_graph
+from quantvla.export.tensorrt_sites import PlacedSite, TargetSite, place_sites_
+from quantvla.families.base import LoadedPolicy, Stage, replaced
+from quantvla.progress import Progress
+from quantvla.quantized_linear import QuantizedLinear
+from quantvla.quantizer import QuantizedWeight
+from quantvla.runtime.errors import explain
+from quantvla.runtime.files import atomic_directory
+from quantvla.runtime.manifest import (
+    MANIFEST_FILE,
+    EulerSampler,
+    Manifest,
+    StageSpec,
+    TensorSpec,
+    encode_manifest,
+)
+from quantvla.runtime.site_formats import FORMATS_FILE, SiteFormat, SiteFormats, encode_formats
+from quantvla.runtime.targets import board_named, formats_of, target_named
+from quantvla.runtime.wiring import check_wiring
+from quantvla.statistics import SiteStatistics
+from quantvla.target_plan import TargetPlan
+
+STATIC = ("int8", "fp8")
+
+
+def export_tensorrt(
+    source: SourcePolicy,
+    plan: TargetPlan,
+    statistics: Mapping[str, SiteStatistics],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> Manifest:
+    """Write the engine of a loaded policy for ``plan`` to ``output``, whole or not at all.
+
+    ``statistics`` are of the inputs of the sites that `static_sites` names. Raises `QuantVLAError`
+    for a graph that the target's TensorRT does not read.
+    """
+    loaded = source.loaded
+    sites = _target_sites(loaded, plan, statistics)
+    marked: dict[str, nn.Module] = {
+        site.name: SiteMark(site.name, site.out_features) for site in loaded.used_sites
+    }
+    formats: list[SiteFormat] = []
+    specs: list[StageSpec] = []
+    with atomic_directory(output, overwrite=overwrite) as directory:
+        with replaced(loaded.policy, marked):
+            for index, stage in enumerate(loaded.stages):
+                progress(f"exporting {stage.name}", index, len(loaded.stages))
+                spec, placed = _write_stage(directory, loaded, stage, sites, plan)
+                specs.append(spec)
+                formats += _formats(placed, stage.name, plan)
+        progress("exporting", len(loaded.stages), len(loaded.stages))
+        _require_all(sites, formats)
+        board = board_named(plan.board)
+        content = SiteFormats(
+            board=plan.board, compute_capabilities=_capabilities(plan, board.compute_capability),
+            activations=plan.activations, sites=tuple(formats),
+        )  # fmt: skip
+        (directory / FORMATS_FILE).write_bytes(encode_formats(content))
+        for name, data in loaded.interface.files.items():
+            (directory / name).write_bytes(data)
+        manifest = make_manifest(directory, source, tuple(specs), plan.target)
+        check_wiring(manifest)
+        (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
+    return manifest
+
+
+def static_sites(plan: TargetPlan) -> tuple[str, ...]:
+    """Return the sites whose input needs a static scale, for calibration."""
+    return tuple(entry.site for entry in plan.entries if entry.format in STATIC)
+
+
+def _capabilities(plan: TargetPlan, planned: int) -> tuple[int, ...]:
+    """Return the GPUs of the target that have every format of the plan, the planned one first."""
+    needed = {entry.format for entry in plan.entries} | {plan.activations}
+    able = [
+        sm
+        for sm in target_named(plan.target).compute_capabilities
+        if needed <= {*formats_of(sm), "fp16"}
+    ]
+    return (planned, *(sm for sm in able if sm != planned))
+
+
+def _target_sites(
+    loaded: LoadedPolicy, plan: TargetPlan, statistics: Mapping[str, SiteStatistics]
+) -> dict[str, TargetSite]:
+    weights = {e.site: _weight(loaded.policy.get_submodule(e.site)) for e in plan.entries}
+    formats = {entry.site: entry.format for entry in plan.entries if entry.format in STATIC}
+    static = static_inputs(
+        {name: _float(weights[name]) for name in formats},
+        statistics,
+        _same_input(loaded, formats),
+        formats,
+    )
+    return {
+        entry.site: TargetSite(
+            entry.site, entry.format, weights[entry.site],
+            _bias(loaded.policy.get_submodule(entry.site)), static.get(entry.site),
+        )
+        for entry in plan.entries
+    }  # fmt: skip
+
+
+def _same_input(loaded: LoadedPolicy, formats: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return the sites of ``formats`` in groups that read the same tensor in the same format."""
+    groups: dict[tuple[str, ...], None] = {}
+    for site in loaded.used_sites:
+        if site.name in formats:
+            together = {site.name, *site.siblings}
+            same = [s for s in formats if s in together and formats[s] == formats[site.name]]
+            groups[tuple(same)] = None
+    return list(groups)
+
+
+def _weight(module: nn.Module) -> Tensor | QuantizedWeight:
+    if isinstance(module, QuantizedLinear):
+        return module.quantized
+    assert isinstance(module, nn.Linear)
+    return module.weight.detach()
+
+
+def _float(weight: Tensor | QuantizedWeight) -> Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _write_stage(
+    directory: Path,
+    loaded: LoadedPolicy,
+    stage: Stage,
+    sites: Mapping[str, TargetSite],
+    plan: TargetPlan,
+) -> tuple[StageSpec, tuple[PlacedSite, ...]]:
+    model = export_graph(stage)
+    between = _between(loaded) if plan.activations == "fp16" else frozenset()
+    sampler = loaded.interface.sampler
+    outputs = _halved(stage.outputs, between)
+    if stage.name == sampler.stage:
+        outputs = (*outputs, next_state_spec(sampler))
+    placed = lower_graph_(model, sites, plan.activations, between)
+    if stage.name == sampler.stage:
+        add_next_state_(model, sampler)
+    target = target_named(plan.target)
+    check_graph(model, stage.name, target, formats_of(board_named(plan.board).compute_capability))
+    file, *_ = save_graph(model, directory / f"{stage.name}.onnx")
+    spec = StageSpec(
+        name=stage.name, file=file, repeat=stage.repeat, inputs=_halved(stage.inputs, between),
+        outputs=outputs,
+    )  # fmt: skip
+    return spec, placed
+
+
+def lower_graph_(
+    model: ir.Model, sites: Mapping[str, TargetSite], activations: str, half_io: frozenset[str]
+) -> tuple[PlacedSite, ...]:
+    """Turn a graph with marked sites into a strongly typed one; returns where the sites are."""
+    shape_attention_(model)
+    placed, final = place_sites_(model, sites, activations)
+    to_half_(model, activations, final, half_io)
+    return placed
+
+
+def _between(loaded: LoadedPolicy) -> frozenset[str]:
+    """Return the float tensors that only travel from stage to stage."""
+    made = {spec.name for stage in loaded.stages for spec in stage.outputs}
+    read = {spec.name for stage in loaded.stages for spec in stage.inputs}
+    return frozenset((made & read) - {_sampled(loaded.interface.sampler)})
+
+
+def _sampled(sampler: EulerSampler) -> str:
+    return sampler.velocity
+
+
+def _halved(specs: tuple[TensorSpec, ...], between: frozenset[str]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        msgspec.structs.replace(spec, dtype="float16")
+        if spec.name in between and spec.dtype == "float32"
+        else spec
+        for spec in specs
+    )
+
+
+def _formats(placed: tuple[PlacedSite, ...], stage: str, plan: TargetPlan) -> list[SiteFormat]:
+    entries = {entry.site: entry for entry in plan.entries}
+    return [
+        SiteFormat(
+            site=place.site, stage=stage, node=place.node, format=entries[place.site].format,
+            weight_bytes=entries[place.site].weight_bytes, reason=entries[place.site].reason,
+        )
+        for place in placed
+    ]  # fmt: skip
+
+
+def _require_all(sites: Mapping[str, TargetSite], formats: list[SiteFormat]) -> None:
+    missing = sites.keys() - {entry.site for entry in formats}
+    if missing:
+        raise explain(
+            min(missing),
+            "planned, but no stage's graph contains it",
+            remedy="this is a defect of the family's sites or stages: report it",
+        )

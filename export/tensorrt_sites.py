@@ -1,0 +1,234 @@
+"""Lowering for TensorRT: a marked linear becomes a matrix product in its number format.
+
+Strongly typed networks compute in the types the graph states, so the format is the graph itself:
+``fp16``/``bf16`` a plain product; ``int4`` a block-wise DequantizeLinear of the weight, (in, out) along
+axis 0; ``int8``/``fp8`` QuantizeLinear and DequantizeLinear at the input, one static scale, and
+DequantizeLinear at the weight. TensorRT folds the pairs into its quantized kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quantvla.activation_scales import FP8_MAX, INT8_MAX, StaticInput
+from quantvla.export.site_marks import marks
+from quantvla.quantizer import QuantizedWeight
+
+HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+NUMPY_HALF = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+_SMOOTHED_RANGE = 16.0  # a smoothed input's largest magnitude: far from the ends of half precision
+
+
+@dataclass(frozen=True)
+class TargetSite:
+    """A linear to be lowered: its format, its weight (out, in) and what its format needs.
+
+    ``weight`` is a float tensor, or integers on a grid for int4; ``bias``: (out,);
+    ``static``: the input's quantization for int8 and fp8; sites with the same object share one.
+    """
+
+    site: str
+    format: str
+    weight: Tensor | QuantizedWeight
+    bias: Tensor | None
+    static: StaticInput | None = None
+
+
+@dataclass(frozen=True)
+class PlacedSite:
+    """A lowered linear: the name of its product in the graph."""
+
+    site: str
+    node: str
+
+
+def place_sites_(
+    model: ir.Model, sites: Mapping[str, TargetSite], activations: str
+) -> tuple[tuple[PlacedSite, ...], frozenset[ir.Node]]:
+    """Replace every mark; returns the products, and the nodes whose types are final."""
+    placed: list[PlacedSite] = []
+    final: set[ir.Node] = set()
+    shared: dict[tuple[int, int], ir.Value] = {}
+    calls: dict[str, int] = {}
+    for site, mark in marks(model):
+        calls[site] = calls.get(site, 0) + 1
+        name = site if calls[site] == 1 else f"{site}#{calls[site]}"
+        final |= _Writer(model.graph, mark, name, activations, shared).write(sites[site])
+        placed.append(PlacedSite(site, name))
+    model.opset_imports.pop("quantvla", None)
+    return tuple(placed), frozenset(final)
+
+
+class _Writer:
+    """Writes the nodes of one call of a site in front of its mark, then removes the mark."""
+
+    def __init__(
+        self, graph: ir.Graph, mark: ir.Node, name: str, activations: str,
+        shared: dict[tuple[int, int], ir.Value],
+    ) -> None:  # fmt: skip
+        self._shared = shared
+        self._graph, self._mark, self._name = graph, mark, name
+        self._half, self._numpy = HALF[activations], NUMPY_HALF[activations]
+        self._nodes: set[ir.Node] = set()
+
+    def write(self, site: TargetSite) -> set[ir.Node]:
+        source = self._mark.inputs[0]
+        assert source is not None and source.shape is not None
+        if site.format in ("int8", "fp8"):
+            x, weight = self._static(site, source)
+            self._product(site, x, weight)
+            return self._nodes
+        x = self._half_input(source)
+        if site.format == "int4":
+            weight = self._int4(site)
+        else:
+            weight = self._constant(
+                site.site, "weight", _array(site.weight).T.astype(self._numpy), self._half
+            )
+        self._product(site, x, weight)
+        return self._nodes
+
+    def _half_input(self, source: ir.Value) -> ir.Value:
+        return self._add("Cast", [source], source.shape, self._half, "input", to=self._half.value)
+
+    def _product(self, site: TargetSite, x: ir.Value, weight: ir.Value) -> None:
+        old = self._mark.outputs[0]
+        out = self._add("MatMul", [x, weight], old.shape, self._half, "")
+        if site.bias is not None:
+            bias = site.bias.detach().float().numpy().astype(self._numpy)
+            bias_value = self._constant(site.site, "bias", bias, self._half)
+            out = self._add("Add", [out, bias_value], old.shape, self._half, "bias_add")
+        self._replace(old, out)
+
+    def _replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let everything read ``new`` in the place of the mark's output; a graph output keeps its name."""
+        if old.is_graph_output():
+            name, old.name = old.name, f"{old.name}.mark"
+            cast = ir.node("Cast", [new], attributes={"to": ir.DataType.FLOAT.value})
+            cast.outputs[0].name, cast.outputs[0].shape = name, old.shape
+            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            self._graph.insert_before(self._mark, cast)
+            self._nodes.add(cast)
+            new = cast.outputs[0]
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        self._graph.remove(self._mark, safe=True)
+
+    def _int4(self, site: TargetSite) -> ir.Value:
+        integers = site.weight
+        assert isinstance(integers, QuantizedWeight)
+        codes = integers.codes.numpy().T.astype(ml_dtypes.int4)
+        scales = integers.scales.float().numpy().T.astype(self._numpy)
+        return self._dequantize(
+            site.site, codes, scales, ir.DataType.INT4, axis=0, block_size=integers.block
+        )
+
+    def _static(self, site: TargetSite, source: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the quantized input, shared by the sites that read the same tensor, and the weight."""
+        static = site.static
+        assert static is not None
+        smoothing, scale = static.smoothing.numpy(), static.scale
+        top, kind = (
+            (INT8_MAX, ir.DataType.INT8)
+            if site.format == "int8"
+            else (FP8_MAX, ir.DataType.FLOAT8E4M3FN)
+        )
+        weight = _array(site.weight)
+        if static.exponent is not None:
+            smoothing = smoothing * np.float32(scale * top / _SMOOTHED_RANGE)
+            scale = _SMOOTHED_RANGE / top
+            weight = weight * smoothing
+        stored, scales = (
+            integer_columns(weight, self._numpy)
+            if site.format == "int8"
+            else fp8_tensor(weight, self._numpy)
+        )
+        dequantized = self._dequantize(site.site, stored.T, scales, kind, axis=1)
+        key = (id(source), id(static))
+        if key not in self._shared:
+            x = self._half_input(source)
+            if static.exponent is not None:
+                inverse = (1 / smoothing).astype(self._numpy)
+                factor = self._constant(site.site, "smoothing", inverse, self._half)
+                x = self._add("Mul", [x, factor], x.shape, self._half, "input_smooth")
+            step = self._constant(
+                site.site, "input_scale", np.array(scale, self._numpy), self._half
+            )
+            codes = self._add(
+                "QuantizeLinear", [x, step], x.shape, kind, "input_q", output_dtype=kind.value
+            )
+            self._shared[key] = self._add(
+                "DequantizeLinear", [codes, step], x.shape, self._half, "input_dq"
+            )
+        return self._shared[key], dequantized
+
+    def _dequantize(
+        self, site: str, codes: NDArray[np.generic], scales: NDArray[np.generic],
+        kind: ir.DataType, *, axis: int, block_size: int = 0,
+    ) -> ir.Value:  # fmt: skip
+        stored = self._constant(site, "weight", np.ascontiguousarray(codes), kind)
+        scale = self._constant(site, "weight_scale", np.ascontiguousarray(scales), self._half)
+        attributes = {"axis": axis, "block_size": block_size} if block_size else {"axis": axis}
+        if scales.ndim == 0:
+            attributes = {}
+        return self._add(
+            "DequantizeLinear", [stored, scale], ir.Shape(codes.shape), self._half, "weight_dq",
+            **attributes,
+        )  # fmt: skip
+
+    def _constant(
+        self, site: str, what: str, array: NDArray[np.generic], kind: ir.DataType
+    ) -> ir.Value:
+        name = f"{site}.{what}"
+        known = self._graph.initializers.get(name)
+        if known is not None:
+            return known
+        value = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(kind),
+            const_value=ir.tensor(array, dtype=kind, name=name),
+        )  # fmt: skip
+        self._graph.register_initializer(value)
+        return value
+
+    def _add(
+        self, operator: str, inputs: list[ir.Value], shape: ir.Shape | None, kind: ir.DataType,
+        what: str, **attributes: int,
+    ) -> ir.Value:  # fmt: skip
+        name = f"{self._name}.{what}" if what else self._name
+        node = ir.node(operator, inputs, attributes=attributes, name=name)
+        node.outputs[0].name, node.outputs[0].shape = f"{name}.out", shape
+        node.outputs[0].type = ir.TensorType(kind)
+        self._graph.insert_before(self._mark, node)
+        self._nodes.add(node)
+        return node.outputs[0]
+
+
+def _array(weight: Tensor | QuantizedWeight) -> NDArray[np.float32]:
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize()
+    array: NDArray[np.float32] = weight.detach().float().numpy()
+    return array
+
+
+def integer_columns(
+    weight: NDArray[np.float32], scale_type: np.dtype[np.generic]
+) -> tuple[NDArray[np.int8], NDArray[np.generic]]:
+    """Return int8 codes (out, in) and one scale per output (out,), codes of the scales as stored."""
+    scales = np.maximum(np.abs(weight).max(1) / INT8_MAX, 2.0**-24).astype(scale_type)
+    codes = np.rint(weight / scales.astype(np.float32)[:, None])
+    return np.clip(codes, -INT8_MAX, INT8_MAX).astype(np.int8), scales
+
+
+def fp8_tensor(
+    weight: NDArray[np.float32], scale_type: np.dtype[np.generic]
+) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Return E4M3 codes (out, in) and one scale () for the whole weight."""
+    scale = np.array(max(float(np.abs(weight).max()) / FP8_MAX, 2.0**-24), scale_type)
+    scaled = np.clip(weight / scale.astype(np.float32), -FP8_MAX, FP8_MAX)
+    return scaled.astype(ml_dtypes.float8_e4m3fn), scale

@@ -1,0 +1,109 @@
+"""What runs in which format on a board, from the plan and the roofline alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantvla.plan import Plan, PlanEntry
+from quantvla.runtime.errors import QuantVLAError
+from quantvla.runtime.targets import (
+    BOARDS,
+    FORMATS,
+    TARGETS,
+    Board,
+    board_named,
+    boards_of,
+    formats_of,
+    target_named,
+)
+from quantvla.schemes import DROPPED, FLOAT, Scheme
+from quantvla.target_plan import plan_target
+
+ORIN, THOR, ADA = BOARDS["agx-orin-64"], BOARDS["agx-thor"], BOARDS["rtx-4090"]
+W4A8, W8A8 = Scheme("w4a8", 4, 8, 32), Scheme("w8a8", 8, 8, 32)
+
+
+def entry(site: str, scheme: Scheme, *, out: int = 2048, width: int = 1024) -> PlanEntry:
+    return PlanEntry(
+        site=site, stage="denoise", part="expert", kind="q_proj", layer=0, out_features=out,
+        in_features=width, scheme=scheme, bytes_before=2 * out * width, bytes_after=0, reason="because",
+    )  # fmt: skip
+
+
+def planned(scheme: Scheme, tokens: int, board: Board = ORIN, **options: str) -> tuple[str, str]:
+    plan = Plan("r", (entry("site", scheme),))
+    made = plan_target(plan, {"site": tokens}, TARGETS[board.target], board, **options)
+    return made.entries[0].format, made.entries[0].reason
+
+
+def test_few_tokens_run_weight_only_and_many_in_int8() -> None:
+    assert "memory-bound with 8 tokens" in planned(W4A8, 8)[1]
+    assert planned(W4A8, 1024)[0] == "int8"
+    assert "compute-bound with 1024 tokens, so int8 on the 4-bit grid" in planned(W4A8, 1024)[1]
+
+
+def test_the_choice_flips_once_with_the_number_of_tokens() -> None:
+    found = [planned(W4A8, tokens)[0] for tokens in (1, 16, 64, 256, 1024, 4096)]
+    assert found == sorted(found) and set(found) == {"int4", "int8"}
+
+
+def test_bytes_count_codes_and_scales() -> None:
+    plan = Plan("r", (entry("a", W4A8), entry("b", W8A8), entry("c", FLOAT)))
+    made = plan_target(plan, {"a": 1, "b": 1, "c": 1}, TARGETS["jetson-orin"], ORIN)
+    elements = 2048 * 1024
+    assert [e.weight_bytes for e in made.entries] == [
+        elements // 2 + 2 * elements // 32,
+        elements + 2 * 2048,
+        2 * elements,
+    ]
+
+
+def test_dropped_sites_are_left_out_and_float_ones_keep_their_reason() -> None:
+    plan = Plan("r", (entry("a", DROPPED), entry("b", FLOAT)))
+    made = plan_target(plan, {"b": 4}, TARGETS["jetson-orin"], ORIN, activations="bf16")
+    assert [(e.site, e.format, e.reason) for e in made.entries] == [("b", "bf16", "because")]
+    assert made.refused == ()
+
+
+def test_a_scheme_without_kernel_runs_in_half_precision_and_is_listed() -> None:
+    plan = Plan("r", (entry("a", Scheme("w3a8", 3, 8, 32)),))
+    made = plan_target(plan, {"a": 4}, TARGETS["jetson-orin"], ORIN)
+    assert made.refused == made.entries
+    assert "no kernel for w3a8" in made.entries[0].reason
+
+
+def test_a_format_can_be_asked_for() -> None:
+    assert planned(W4A8, 1, ADA, precision="fp8")[0] == "fp8"
+    assert planned(W4A8, 4096, ADA, precision="int4")[0] == "int4"
+    assert planned(W4A8, 1, ADA, precision="float")[0] == "fp16"
+    format_, reason = planned(W8A8, 1, ADA, precision="int4")
+    assert format_ == "fp16" and "8 bits" in reason
+
+
+def test_what_a_board_cannot_run_is_refused() -> None:
+    with pytest.raises(QuantVLAError, match=r"fp8 on Jetson AGX Orin.*choose one of fp16, bf16"):
+        planned(W4A8, 1, precision="fp8")
+    with pytest.raises(QuantVLAError, match=r"precision 'int9': unknown; did you mean 'int8'"):
+        planned(W4A8, 1, precision="int9")
+    with pytest.raises(QuantVLAError, match=r"board agx-thor: belongs to target jetson-thor"):
+        plan_target(Plan("r", ()), {}, TARGETS["jetson-orin"], THOR)
+    with pytest.raises(QuantVLAError, match=r"target 'jetson-orim'.*did you mean 'jetson-orin'"):
+        target_named("jetson-orim")
+    with pytest.raises(QuantVLAError, match=r"board 'rtx-4091': unknown; did you mean 'rtx-4090'"):
+        board_named("rtx-4091")
+    with pytest.raises(QuantVLAError, match=r"SM90: not a GPU these targets know"):
+        formats_of(90)
+    with pytest.raises(QuantVLAError, match=r"board agx-orin-64: no published rate for fp8"):
+        ORIN.peak("fp8")
+
+
+def test_the_tables_agree_with_each_other() -> None:
+    for target in TARGETS.values():
+        assert boards_of(target.name) and set(target.compute_capabilities) <= FORMATS.keys()
+    for board in BOARDS.values():
+        assert board.compute_capability in TARGETS[board.target].compute_capabilities
+        assert board.source and set(board.peak_tera_per_s) - {"fp32"} <= set(
+            formats_of(board.compute_capability)
+        )
+        for number_format in formats_of(board.compute_capability):
+            assert board.peak(number_format) > 0
