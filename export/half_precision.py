@@ -33,6 +33,23 @@ MOVEMENT = frozenset(
 _LARGE = 1 << 14  # elements from which a table that is only looked up is stored in half precision
 
 
+def narrow_doubles_(model: ir.Model) -> None:
+    """Compute in float32 what the graph computes in float64 (angles of time embeddings): TensorRT has no float64."""
+    graph, double = model.graph, ir.DataType.DOUBLE
+    for value in list(graph.initializers.values()):
+        if value.dtype == double and value.const_value is not None:
+            value.const_value = ir.tensor(
+                np.asarray(value.const_value.numpy(), np.float32), name=value.name
+            )
+            value.type = ir.TensorType(FLOAT)
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == double.value:
+            node.attributes["to"] = ir.AttrInt64("to", FLOAT.value)
+        for output in node.outputs:
+            if output.dtype == double:
+                output.type = ir.TensorType(FLOAT)
+
+
 def to_half_(
     model: ir.Model, activations: str, final: Collection[ir.Node], half_outputs: Collection[str]
 ) -> None:

@@ -18,7 +18,7 @@ from quantvla.export.attention_form import shape_attention_
 from quantvla.export.engine import make_manifest
 from quantvla.export.euler_output import add_next_state_, next_state_spec
 from quantvla.export.graphs import export_graph, save_graph
-from quantvla.export.half_precision import to_half_
+from quantvla.export.half_precision import narrow_doubles_, to_half_
 from quantvla.export.site_marks import SiteMark
 from quantvla.export.source import SourcePolicy
 from quantvla.export.tensorrt_rules import check_graph
@@ -183,6 +183,7 @@ def lower_graph_(
     model: ir.Model, sites: Mapping[str, TargetSite], activations: str, half_io: frozenset[str]
 ) -> tuple[PlacedSite, ...]:
     """Turn a graph with marked sites into a strongly typed one; returns where the sites are."""
+    narrow_doubles_(model)
     shape_attention_(model)
     placed, final = place_sites_(model, sites, activations)
     to_half_(model, activations, final, half_io)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain, nearest
-from quantvla.runtime.manifest import StageSpec
+from quantvla.runtime.manifest import EulerSampler, StageSpec
 from quantvla.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from quantvla.runtime.targets import TARGETS
+from quantvla.runtime.tensorrt_backend import TensorRTBackend
 
 
 class Session(Protocol):
@@ -18,6 +21,21 @@ class Session(Protocol):
 
     def run(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the stage's outputs by name; ``tensors`` holds at least its inputs."""
+        ...
+
+
+@runtime_checkable
+class DeviceSession(Session, Protocol):
+    """A loaded stage that holds device memory, and runs the sampler's loop there."""
+
+    def sample(
+        self, tensors: Mapping[str, NDArray[Any]], noise: NDArray[np.float32], sampler: EulerSampler
+    ) -> NDArray[np.float32]:
+        """Return the state after all steps from ``noise``, same shape."""
+        ...
+
+    def close(self) -> None:
+        """Free the device memory."""
         ...
 
 
@@ -35,6 +53,7 @@ class Backend(Protocol):
 
 BACKENDS: Mapping[str, Backend] = {
     "cpu": OnnxRuntimeBackend(provider="CPUExecutionProvider"),
+    **{name: TensorRTBackend(target.library) for name, target in TARGETS.items()},
 }
 
 

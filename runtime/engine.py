@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantvla.runtime.backend import Session, backend_for
+from quantvla.runtime.backend import DeviceSession, Session, backend_for
 from quantvla.runtime.errors import explain
 from quantvla.runtime.guidance import Guidance
 from quantvla.runtime.machine import physical_cores
@@ -110,8 +110,15 @@ class Engine:
         """Integrate from ``noise``; returns the normalized, padded chunk, noise shape float32.
 
         With ``guidance`` the chunk continues the one that the guidance was made from. ``steps``
-        None takes as many as the policy was made for.
+        None takes as many as the policy was made for; then, where the stage runs on a device and
+        nobody watches or guides the steps, the loop runs there whole.
         """
+        if observe is None and guidance is None and steps is None:
+            self.check_open()
+            assert self._sessions is not None
+            session = self._sessions[self._repeated.name]
+            if isinstance(session, DeviceSession):
+                return self._sample_on_device(session, tensors, noise)
         sampler = self._sampler if steps is None else with_steps(self._sampler, steps)
 
         def velocity(x: FloatArray, t: float) -> FloatArray:
@@ -132,6 +139,18 @@ class Engine:
             observe,
         )
 
+    def _sample_on_device(
+        self, session: DeviceSession, tensors: Tensors, noise: FloatArray
+    ) -> FloatArray:
+        """Run the loop on the device; a step's recorded time is its share of the loop's."""
+        start_ns = time.perf_counter_ns()
+        chunk = session.sample(tensors, noise, self._sampler)
+        if self._durations is not None:
+            steps = len(self._sampler.timesteps)
+            share = (time.perf_counter_ns() - start_ns) // steps
+            self._durations.setdefault(self._repeated.name, []).extend([share] * steps)
+        return chunk
+
     @contextmanager
     def timing(self) -> Iterator[Durations]:
         """Collect, while the block runs, the nanoseconds of every run of every stage, by stage name."""
@@ -148,6 +167,9 @@ class Engine:
 
     def close(self) -> None:
         """Free the sessions; the engine cannot be used afterwards. Closing twice is fine."""
+        for session in (self._sessions or {}).values():
+            if isinstance(session, DeviceSession):
+                session.close()
         self._sessions = None
 
     def check_open(self) -> None:

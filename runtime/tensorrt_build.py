@@ -38,6 +38,7 @@ from quantvla.runtime.tensorrt_plans import (
     BuildRecord,
     Machine,
     StagePlan,
+    any_gpu,
     plan_directory,
     read_record,
     source_sha256,
@@ -101,7 +102,7 @@ def choose_machine(
         gpu = find_gpu()
         machine = Machine(library.name, library.version, gpu.compute_capability, gpu.name)
     else:
-        name = f"any SM{compute_capability}"
+        name = any_gpu(compute_capability)
         machine = Machine(library.name, library.version, compute_capability, name)
         if not hasattr(library.trt, "ComputeCapability"):
             raise explain(

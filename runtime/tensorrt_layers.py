@@ -23,7 +23,7 @@ _TYPES = {
 }  # fmt: skip
 _NARROW = ("int8", "fp8", "nvfp4", "int4")
 _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$")
-_SECTION = re.compile(r"(Inputs|Constants|Outputs): \[(.*?)\](?=, [A-Z]\w+: |$)", re.DOTALL)
+_SECTION = re.compile(r"(Inputs|Constants|Outputs): \[([^]]*?\{.*?\})\]", re.DOTALL)
 _TYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 POINTWISE = "kgen"  # generated kernels; matrix products are other kinds wherever there is a choice

@@ -89,6 +89,18 @@ def write_record(engine: Path, record: BuildRecord) -> None:
     write_atomic(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
+def find_machine(engine: Path, here: Machine) -> Machine:
+    """Return what the plans for this machine were built for: its own GPU, or any of its architecture."""
+    anywhere = msgspec.structs.replace(here, gpu=any_gpu(here.compute_capability))
+    found = [m for m in (here, anywhere) if read_record(engine, m).stages]
+    return found[0] if found else here
+
+
+def any_gpu(compute_capability: int) -> str:
+    """Return what stands for the GPU's name in plans that were built without one."""
+    return f"any SM{compute_capability}"
+
+
 def require_plan(engine: Path, machine: Machine, stage: str, source_sha256: str) -> Path:
     """Return the plan of a stage, checked; raises `QuantVLAError` with the command that builds it.
 

@@ -12,7 +12,7 @@ import small_block as block
 import torch
 
 from quantvla.activation_scales import static_input
-from quantvla.export.half_precision import SENSITIVE
+from quantvla.export.half_precision import SENSITIVE, narrow_doubles_
 from quantvla.export.tensorrt_rules import check_graph
 from quantvla.export.tensorrt_sites import fp8_tensor, integer_columns
 from quantvla.families.base import Stage
@@ -71,6 +71,31 @@ def test_the_scale_of_attention_stands_before_the_product(graphs: dict[str, ir.M
         seen.append(node.op_type)
         value = node.inputs[1 if node.op_type == "Where" else 0]
     assert "Mul" not in seen and "Div" not in seen
+
+
+def test_float64_is_computed_in_float32() -> None:
+    x = ir.Value(name="x", shape=ir.Shape((2,)), type=ir.TensorType(FLOAT))
+    double = ir.DataType.DOUBLE
+    frequency = ir.Value(
+        name="frequency", shape=ir.Shape(()), type=ir.TensorType(double),
+        const_value=ir.tensor(np.array(1 / 3), name="frequency"),
+    )  # fmt: skip
+    wide = ir.node("Cast", [x], attributes={"to": double.value})
+    angle = ir.node("Mul", [wide.outputs[0], frequency])
+    back = ir.node("Cast", [angle.outputs[0]], attributes={"to": FLOAT.value})
+    for node, kind in ((wide, double), (angle, double), (back, FLOAT)):
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), x.shape
+    graph = ir.Graph(
+        [x],
+        back.outputs,
+        nodes=[wide, angle, back],
+        initializers=[frequency],
+        opset_imports={"": 21},
+    )
+    narrow_doubles_(ir.Model(graph, ir_version=10))
+    values = [*graph.initializers.values(), *(node.outputs[0] for node in graph)]
+    assert {value.dtype for value in values} == {FLOAT}
+    assert wide.attributes["to"].as_int() == FLOAT.value
 
 
 def test_sites_of_one_input_share_its_quantization(stage: Stage) -> None:
@@ -147,7 +172,7 @@ def test_smoothing_beats_one_plain_scale_where_a_channel_is_loud() -> None:
 
 
 def test_a_site_that_calibration_never_reached_has_no_scale() -> None:
-    with pytest.raises(QuantVLAError, match="some.site: calibration saw no input for it"):
+    with pytest.raises(QuantVLAError, match=r"some\.site: calibration saw no input for it"):
         static_input("some.site", torch.ones(4, 8), SiteStatistics.empty(8), "int8")
 
 
