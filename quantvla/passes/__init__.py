@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantvla.passes.atm import MatchTemperature
+from quantvla.passes.correct_output import CorrectOutputs
 from quantvla.passes.fold_norms import FoldNorms
 from quantvla.passes.gptq import Gptq
 from quantvla.passes.ohb import BalanceOutputs
@@ -13,4 +14,5 @@ from quantvla.passes.round_weights import RoundWeights
 from quantvla.passes.smooth import Smooth
 
 EquivalencePass = FoldNorms | Smooth | Rotate | Permute
-Pass = EquivalencePass | RoundWeights | Gptq | Published | MatchTemperature | BalanceOutputs
+Correction = MatchTemperature | BalanceOutputs | CorrectOutputs
+Pass = EquivalencePass | RoundWeights | Gptq | Published | Correction

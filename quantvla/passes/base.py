@@ -69,6 +69,10 @@ class Observer(Protocol):
         """Return the outputs of these linears per channel; over the first ``frames`` only."""
         ...
 
+    def corrected(self) -> None:
+        """Take notice that weights the student has were corrected."""
+        ...
+
     def forward_order(self, sites: Sequence[str]) -> Sequence[str]:
         """Return the sites in the order in which a run reaches them."""
         ...

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from quantvla.export.graphs import export_graph, save_graph
 from quantvla.families.base import LoadedPolicy
 from quantvla.float_weights import FloatWeights
-from quantvla.passes import BalanceOutputs, MatchTemperature, RoundWeights
+from quantvla.passes import BalanceOutputs, CorrectOutputs, MatchTemperature, RoundWeights
 from quantvla.passes.atm import fold_temperature_
 from quantvla.passes.base import Factors, Observer, Subject
+from quantvla.passes.correct_output import fitted
 from quantvla.passes.head_factors import clip_notes, limited, scale_output_
 from quantvla.pipeline import Pipeline
 from quantvla.plan import Plan
@@ -223,6 +224,38 @@ def test_what_is_measured_is_multiplied_not_divided() -> None:
     q, o = (module[name].weight for name in "qo")
     assert torch.allclose(q, weights[0] * expected.repeat_interleave(8)[:, None], rtol=1e-4)
     assert torch.allclose(o, weights[1] / 1.25, rtol=1e-4)
+
+
+def test_output_correction_is_the_least_squares_fit_per_channel() -> None:
+    torch.manual_seed(0)
+    student = torch.randn(400, 3) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.3, 0.0, -1.0])
+    teacher = student * torch.tensor([1.1, 0.9, 1.0]) + torch.tensor([0.0, 0.2, -0.1])
+    sums = OutputSums.empty(3)
+    sums.add_(teacher + 0.01 * torch.randn(400, 3), student)
+    gain, bias = fitted(sums, 0.3)
+    assert gain.tolist() == pytest.approx([1.1, 0.9, 1.0], abs=0.01)
+    assert bias.tolist() == pytest.approx([0.0, 0.2, -0.1], abs=0.01)
+    one, only = fitted(sums, 0.0)
+    assert one.tolist() == [1, 1, 1] and not torch.allclose(only, bias)
+
+
+def test_output_correction_brings_every_linear_closer(
+    pipeline: Callable[..., Pipeline], loaded: LoadedPolicy
+) -> None:
+    made = pipeline()
+    made.run([RoundWeights(weighting="none", scales="largest")])
+    sites = list(made.subject.planned)
+    before = made.observer.outputs(sites, what="before")
+    made.run([RoundWeights(weighting="none", scales="largest"), CorrectOutputs()])
+    after = made.observer.outputs(sites, what="after")
+
+    def error(sums: OutputSums) -> float:
+        return float(((sums.tt - 2 * sums.ts + sums.ss).sum() / sums.tt.sum()).sqrt())
+
+    last = [site for site in sites if "lm_expert.layers.3.mlp.down_proj" in site]
+    assert error(after[last[0]]) < error(before[last[0]])
+    gained = sum(error(after[site]) < error(before[site]) for site in sites)
+    assert gained > 0.8 * len(sites)
 
 
 def test_corrections_leave_the_teacher_alone(

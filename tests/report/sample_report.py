@@ -10,6 +10,7 @@ from quantvla.evaluate.rollouts import Rollout
 from quantvla.report.structure import (
     ActionError,
     ArmReport,
+    AttentionFactors,
     ChunkExample,
     Latency,
     MachineReport,
@@ -65,6 +66,24 @@ def sites() -> tuple[SiteError, ...]:
         for layer in range(6)
         for kind in names
     )
+
+
+def factors() -> tuple[AttentionFactors, ...]:
+    generator = np.random.default_rng(3)
+    found = []
+    for kind, heads in (("atm", 4), ("ohb", 1)):
+        for layer in range(4):
+            raw = np.exp(generator.normal(0, 0.15, heads))
+            raw[0] = 1.5 if layer == 2 else raw[0]
+            within = np.clip(raw, np.exp(-0.3), np.exp(0.3))
+            applied = np.where(np.abs(np.log(raw)) < 0.03, 1.0, within)
+            found.append(
+                AttentionFactors(
+                    kind=kind, site=f"expert.{layer}.{kind}", layer=layer,
+                    raw=tuple(raw.tolist()), applied=tuple(applied.tolist()), clip=0.3, band=0.03,
+                )
+            )  # fmt: skip
+    return tuple(found)
 
 
 def examples() -> tuple[ChunkExample, ...]:
@@ -131,6 +150,7 @@ def sample_report() -> Report:
         episodes_per_task=20,
         seed=0,
         sites=sites(),
+        factors=factors(),
         examples=examples(),
         steps=(
             StepReport(

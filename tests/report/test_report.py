@@ -20,7 +20,7 @@ from quantvla.report.table import summary_rows, summary_table
 from quantvla.report.write import read_report, render_page, write_report
 from quantvla.runtime.errors import QuantVLAError
 
-FIGURES = ("success", "latency", "sites", "chunks")
+FIGURES = ("success", "latency", "sites", "factors", "chunks")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_has_every_figure_and_needs_no_other_file(output: Path) -> None:
     page = (output / "report.html").read_text()
-    for name in ("summary", "notes", "film", *FIGURES, "worst-sites", "steps"):
+    for name in ("summary", "notes", "film", *FIGURES, "factor-table", "worst-sites", "steps"):
         assert f'<section id="{name}">' in page
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert len(sources) == 1 + 2 * len(FIGURES)
@@ -57,7 +57,7 @@ def test_the_same_report_gives_the_same_page(output: Path) -> None:
 def test_a_report_with_one_bare_arm_renders_without_figures() -> None:
     page = render_page(Report(title="Empty", arms=(ArmReport(name="a", title="Arm A"),)))
     assert "Arm A" in page
-    for name in ("film", *FIGURES, "worst-sites", "steps"):
+    for name in ("film", *FIGURES, "factor-table", "worst-sites", "steps"):
         assert f'id="{name}"' not in page
 
 
