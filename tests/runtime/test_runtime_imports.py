@@ -15,7 +15,10 @@ import quantvla.runtime
 FOLDER = Path(quantvla.runtime.__file__).parent
 SOURCES = sorted(FOLDER.rglob("*.py"))
 LIBRARIES = {"numpy", "msgspec", "safetensors", "tokenizers", "PIL", "onnxruntime"}
-EXTRA_LIBRARIES = {"serve": {"websockets", "prometheus_client"}}
+EXTRA_LIBRARIES = {
+    "serve": {"websockets", "prometheus_client"},
+    "ros2": {"rclpy", "builtin_interfaces", "sensor_msgs", "std_msgs", "trajectory_msgs"},
+}
 NEW_IN_311 = {"tomllib", "wsgiref.types"}
 
 BLOCKED_RUN = """
