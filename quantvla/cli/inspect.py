@@ -27,9 +27,7 @@ def inspect(engine: Path, as_json: bool) -> None:
     Of a quantized checkpoint, print its plan in one line and what every pass did.
     """
     if (engine / CARD_FILE).is_file():
-        from quantvla.cli.passes import print_card  # loads the compiler, which engines do not need
-
-        print_card(engine, as_json=as_json)
+        _print_card(engine, as_json=as_json)
         return
     manifest = read_manifest(engine)
     check_files(engine, manifest)
@@ -61,6 +59,22 @@ def inspect(engine: Path, as_json: bool) -> None:
     Console().print(table)
     if formats:
         Console().print(_formats_table(formats))
+
+
+def _print_card(directory: Path, *, as_json: bool) -> None:
+    """Print the plan's totals and every pass of a quantized checkpoint; as JSON the whole card."""
+    from quantvla.checkpoint import read_card  # loads the compiler, which engines do not need
+    from quantvla.cli.passes import print_passes
+    from quantvla.cli.plan import plan_summary
+
+    card = read_card(directory)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(card), indent=1))
+        return
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(f"{directory}: {card.family}, recipe {card.recipe.name}")
+    console.print(plan_summary(card.plan))
+    print_passes(card.reports, console)
 
 
 class Format(msgspec.Struct, frozen=True):

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import click
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from quantvla.checkpoint import read_card
-from quantvla.cli.plan import plan_summary
 from quantvla.passes.base import PassReport
-
-
-def print_card(directory: Path, *, as_json: bool) -> None:
-    """Print the plan's totals and every pass of a quantized checkpoint; as JSON the whole card."""
-    card = read_card(directory)
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(card), indent=1))
-        return
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(f"{directory}: {card.family}, recipe {card.recipe.name}")
-    console.print(plan_summary(card.plan))
-    print_passes(card.reports, console)
 
 
 def print_passes(reports: Sequence[PassReport], console: Console) -> None:

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from quantvla.checkpoint import is_quantized, read_card
 from quantvla.cli import options
+from quantvla.cli.passes import print_passes
 from quantvla.cli.target_options import GpuOptions, gpu_options, plan_for_gpu
 from quantvla.export.source import load_source
 from quantvla.families import load_policy
 from quantvla.layout import make_plan
+from quantvla.passes.base import PassReport
 from quantvla.plan import Plan
 from quantvla.recipe import read_recipe
 from quantvla.target_plan import TargetPlan
@@ -35,7 +37,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Print the plan of a recipe for a policy: site, stage, shape, scheme, bytes, reason.
 
-    Of a quantized checkpoint, print the plan that it was made by.
+    Of a quantized checkpoint, print the plan that it was made by and what its passes did.
     """
     if target is not None:
         source = load_source(policy_path)
@@ -47,14 +49,17 @@ def plan(
         else:
             print_target_plan(on_target)
         return
+    reports: tuple[PassReport, ...] = ()
     if is_quantized(policy_path):
-        made = read_card(policy_path).plan
+        card = read_card(policy_path)
+        made, reports = card.plan, card.reports
     else:
         made = make_plan(load_policy(policy_path).sites, read_recipe(recipe))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(made), indent=1))
     else:
         print_plan(made)
+        print_passes(reports, Console())
 
 
 def print_plan(made: Plan) -> None:
