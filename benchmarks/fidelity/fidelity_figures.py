@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from arm_result import ArmRecord, Bed
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from sweep import Sweep
 
 from quantvla.report.render import render_png
@@ -41,6 +42,8 @@ def _size_figure(records: Sequence[ArmRecord]) -> Figure:
         axes.plot(x, y, "o", color=_GREY if record.simulated else "#3b82c4", fillstyle="none" if record.simulated else "full")  # fmt: skip
         axes.annotate(record.arm, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_yscale("log")
+    for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_format(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.margins(x=0.15)
     axes.set_xlabel("all linears, MB, scales counted (float ones in half precision)")
     axes.set_ylabel("paired action error, relative RMS, %")

@@ -330,8 +330,8 @@ _ERRORS = """
 
 {frames} held-out frames, {noises} noises each; both policies get the same observation and noise. The error is
 the RMS difference of normalized actions over the RMS of the float policy's; *executed steps* are those run
-before the next chunk. Gripper flips: executed steps on which one opens and the other closes. The last column
-is the velocity error at the last denoise step, on the float policy's trajectory and on the arm's own.
+before the next chunk. Gripper flips: executed steps on which one opens and the other closes, by commands that
+differ by more than a quarter standard deviation. The last column is the velocity error at the last denoise step, on the float policy's trajectory and on the arm's own.
 *linears MB*: all linears inference reads, float ones in half precision, scales counted; *bits*: per weight of the
 quantized sites.
 

@@ -17,6 +17,8 @@ from quantvla.runtime.manifest import ActionSpec, FeatureStatistics
 Array = NDArray[np.float32]
 _TINY = 1e-12
 _GRIPPER = "gripper"
+FLIP_MARGIN = 0.25
+"""A quarter of the recorded standard deviation: commands that rest at the midpoint cross it without meaning it."""
 
 
 class Gripper(msgspec.Struct, frozen=True):
@@ -31,7 +33,7 @@ class ActionError(msgspec.Struct, frozen=True, kw_only=True):
 
     ``nrmse_executed`` looks at the steps that are run before the next chunk only. Cosines are of
     whole chunks. ``gripper_flips``: share of executed steps on which one policy opens and the
-    other closes the gripper; None where no dimension is known to be one.
+    other closes the gripper (see `gripper_flips`); None where no dimension is known to be one.
     """
 
     cosine_mean: float
@@ -84,9 +86,12 @@ def velocity_error(found: Array, reference: Array) -> tuple[float, ...]:
 
 
 def gripper_flips(found: Array, reference: Array, gripper: Gripper) -> float:
-    """Return the share of steps on which the gripper command is on the other side of its midpoint."""
-    ours, theirs = (x[..., gripper.dimension] > gripper.midpoint for x in (found, reference))
-    return float((ours != theirs).mean())
+    """Return the share of steps on which the gripper commands lie on either side of the midpoint and differ by
+    more than `FLIP_MARGIN`.
+    """
+    ours, theirs = (x[..., gripper.dimension] for x in (found, reference))
+    opposite = (ours > gripper.midpoint) != (theirs > gripper.midpoint)
+    return float((opposite & (np.abs(ours - theirs) > FLIP_MARGIN)).mean())
 
 
 def find_gripper(

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from quantvla.fidelity.compare import ArmComparison, Comparison
 from quantvla.fidelity.distribution import distances
 from quantvla.report.render import render_png
 
 SIGNIFICANT = 0.05
+SMOOTH_SPAN = 0.05
+"""The smoothness axis shows at least this much on both sides of 1, so that nothing is not drawn large."""
 _COLOURS = (
     "#3b82c4", "#e07b28", "#3a9e6e", "#a765b8", "#c94f4f", "#7a6a53",
     "#d07fb0", "#6f7d8c", "#a8a02b", "#37a6b8",
@@ -51,9 +54,10 @@ def _draw_error(axes: Axes, result: Comparison) -> None:
             mark = marks[index % len(marks)]
             label = result.dimensions[index] if row == 0 else None
             axes.plot(100 * value, row, mark, color="#1f2328", markersize=4, fillstyle="none", label=label)  # fmt: skip
-        axes.text(0, row + 0.38, f" {100 * arm.error.nrmse:.2f} %", fontsize=7, va="center")
+        highest = 100 * max(arm.error.nrmse, *arm.error.nrmse_per_dimension)
+        axes.text(highest, row, f"   {100 * arm.error.nrmse:.2f} %", fontsize=7, va="center")
     _arm_rows(axes, result)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_xlabel("paired action error, relative RMS, % (marks: by dimension)")
     axes.legend(fontsize=7, frameon=False, loc="lower right")
 
@@ -91,6 +95,8 @@ def _draw_velocity(axes: Axes, result: Comparison) -> None:
     axes.set_ylabel("velocity error, relative RMS, %")
     if max(max(arm.velocity_free_running) for arm in result.arms.values()) > 0:
         axes.set_yscale("log")
+        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_format(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.grid(axis="y")
     axes.legend(fontsize=7, frameon=False, ncols=2)
 
@@ -106,7 +112,8 @@ def _draw_smoothness(axes: Axes, result: Comparison) -> None:
             axes.plot(seam, row + 0.2, "s", color="#e07b28", label="seam jump" if row == 0 else None)  # fmt: skip
     axes.axvline(1, color="#8c8c8c", linewidth=1)
     _arm_rows(axes, result)
-    axes.margins(x=0.2)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 1 - SMOOTH_SPAN), max(high, 1 + SMOOTH_SPAN))
     axes.set_xlabel("over the reference's (1: as smooth)")
     axes.legend(fontsize=7, frameon=False, loc="best")
 

@@ -55,6 +55,12 @@ def test_gripper_flips_are_a_share_of_the_executed_steps() -> None:
     assert gripper_flips(found, reference, Gripper(2, 0.0)) == 1 / 8
 
 
+def test_a_gripper_at_rest_does_not_flip() -> None:
+    noise = 0.02 * chunks()
+    assert np.any((noise > 0) != (-noise > 0))
+    assert gripper_flips(noise, -noise, Gripper(2, 0.0)) == 0
+
+
 def test_velocity_errors_are_by_step() -> None:
     reference = np.ones((5, 3, 1, 8, 3), np.float32)
     found = reference.copy()
