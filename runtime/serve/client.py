@@ -7,6 +7,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection, connect
 
 from quantvla.runtime.errors import QuantVLAError, explain
+from quantvla.runtime.guidance import ActionPrefix
 from quantvla.runtime.sampler import standard_noise
 from quantvla.runtime.serve import wire
 from quantvla.runtime.serve.access import SCHEME
@@ -73,10 +75,16 @@ class PolicyClient:
         return self._metadata
 
     def predict_action_chunk(
-        self, obs: Observation, *, noise: NDArray[Any] | None = None, seed: int | None = None
+        self,
+        obs: Observation,
+        *,
+        noise: NDArray[Any] | None = None,
+        seed: int | None = None,
+        prefix: ActionPrefix | None = None,
     ) -> FloatArray:
         """Return the next (horizon, dim) float32 actions in physical units.
 
+        With ``prefix`` the chunk continues the actions given there (real-time chunking).
         Raises `QuantVLAError` with the server's words when it refuses the observation, and when no
         answer came in time. ``timing`` then holds the server's milliseconds for the last chunk.
         """
@@ -86,6 +94,8 @@ class PolicyClient:
         if noise is not None or seed is None:
             drawn = standard_noise(self._generator, self.metadata.noise_shape)
             message["noise"] = drawn if noise is None else noise
+        if prefix is not None:
+            message["prefix"] = asdict(prefix)
         reply = self._exchange(wire.encode(message))
         self.timing = dict(reply.get("server_timing", {}))
         return self._checked(reply.get("actions"))
@@ -153,20 +163,16 @@ class PolicyClient:
 
     def _reach(self, deadline: float) -> ClientConnection:
         """Return the open connection, or try for one until ``deadline`` (time.monotonic)."""
+        refusal: InvalidStatus | None = None
         while self._connection is None:
             left = deadline - time.monotonic()
             try:
                 self._connection = self._connect(max(left, 0.001))
                 self.reconnects += 1
             except InvalidStatus as error:
-                status = error.response.status_code
-                if status != 503 or left <= _RETRY_S:
-                    raise explain(
-                        self.uri,
-                        "the server refused the connection",
-                        got=f"{status} {(error.response.body or b'').decode(errors='replace').strip()}",
-                        remedy="check the key and the number of clients",
-                    ) from error
+                refusal = error
+                if error.response.status_code != 503 or left <= _RETRY_S:
+                    raise self._refused(error) from error
                 time.sleep(_RETRY_S)
             except ssl.SSLCertVerificationError as error:
                 raise explain(
@@ -177,7 +183,8 @@ class PolicyClient:
                 ) from error
             except (ConnectionClosed, OSError, TimeoutError, InvalidHandshake) as error:
                 if left <= _RETRY_S:
-                    raise self._unreachable(error) from error
+                    why = self._unreachable(error) if refusal is None else self._refused(refusal)
+                    raise why from error
                 time.sleep(_RETRY_S)
         return self._connection
 
@@ -246,6 +253,15 @@ class PolicyClient:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+    def _refused(self, error: InvalidStatus) -> QuantVLAError:
+        body = (error.response.body or b"").decode(errors="replace").strip()
+        return explain(
+            self.uri,
+            "the server refused the connection",
+            got=f"{error.response.status_code} {body}",
+            remedy="check the key and the number of clients",
+        )
 
     def _unreachable(self, error: BaseException) -> QuantVLAError:
         return explain(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import QuantVLAError, explain
+from quantvla.runtime.guidance import ActionPrefix
 from quantvla.runtime.manifest import Manifest
 from quantvla.runtime.preprocess import Observation
 from quantvla.runtime.sampler import standard_noise
@@ -29,7 +30,12 @@ class ServedPolicy(Protocol):
     def manifest(self) -> Manifest: ...
 
     def predict_action_chunk(
-        self, obs: Observation, *, noise: NDArray[Any] | None = None, seed: int | None = None
+        self,
+        obs: Observation,
+        *,
+        noise: NDArray[Any] | None = None,
+        seed: int | None = None,
+        prefix: ActionPrefix | None = None,
     ) -> FloatArray: ...
 
     def warm_up(self, runs: int = 1) -> None: ...
@@ -158,7 +164,7 @@ class InferenceThread:
             noise = standard_noise(session.generator, self._policy.manifest.sampler.noise_shape)
         decoded = time.monotonic()
         actions = self._policy.predict_action_chunk(
-            request.observation, noise=noise, seed=request.seed
+            request.observation, noise=noise, seed=request.seed, prefix=request.prefix
         )
         return Answer(actions, waited, decoded - started, time.monotonic() - decoded)
 

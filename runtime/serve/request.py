@@ -5,27 +5,44 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from quantvla.runtime.errors import QuantVLAError, explain, nearest
+from quantvla.runtime.guidance import ActionPrefix, Method, Schedule
 from quantvla.runtime.manifest import Manifest
 from quantvla.runtime.serve.wire import Message
 
 MAX_IMAGE_PIXELS = 1 << 24
-NOISE, SEED = "noise", "seed"
+NOISE, SEED, PREFIX = "noise", "seed", "prefix"
 _PROMPT = "prompt"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for: the chunk for ``observation`` from ``noise``, or from ``seed``, or neither."""
+    """What a client asks for: the chunk for ``observation`` from ``noise``, or from ``seed``, or neither.
+
+    With ``prefix`` the chunk continues the one in progress.
+    """
 
     observation: dict[str, object]
     noise: NDArray[np.floating] | None
     seed: int | None
+    prefix: ActionPrefix | None
+
+
+class _PrefixOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An `ActionPrefix` without its actions."""
+
+    frozen: Annotated[int, msgspec.Meta(ge=0)]
+    overlap: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    schedule: Schedule = "exponential"
+    method: Method = "prefix"
+    max_weight: Annotated[float, msgspec.Meta(gt=0)] = 10.0
 
 
 class RequestReader:
@@ -56,9 +73,8 @@ class RequestReader:
         Whether the observation is complete and of the right shapes is checked by the policy.
         """
         observation: dict[str, object] = {}
-        for theirs, value in _flattened(message):
-            if theirs in (NOISE, SEED):
-                continue
+        given = {key: value for key, value in message.items() if key not in (NOISE, SEED, PREFIX)}
+        for theirs, value in _flattened(given):
             key = self._ours(theirs)
             if key in observation:
                 raise explain(
@@ -70,7 +86,12 @@ class RequestReader:
             if key in self._cameras and isinstance(value, bytes):
                 value = decode_jpeg(key, value)
             observation[key] = value
-        return Request(observation, _noise(message.get(NOISE)), _seed(message.get(SEED)))
+        return Request(
+            observation,
+            _noise(message.get(NOISE)),
+            _seed(message.get(SEED)),
+            _prefix(message.get(PREFIX)),
+        )
 
     def _ours(self, theirs: str) -> str:
         """Return the engine's key for a client's key, or that key itself if it has no counterpart."""
@@ -125,6 +146,36 @@ def _noise(value: object) -> NDArray[np.floating] | None:
     if value is None or isinstance(value, np.ndarray):
         return value
     raise explain(NOISE, "expected an array", got=type(value).__name__, remedy="send float32")
+
+
+def _prefix(value: object) -> ActionPrefix | None:
+    if value is None:
+        return None
+    actions = value.get("actions") if isinstance(value, dict) else None
+    if (
+        not isinstance(value, dict)
+        or not isinstance(actions, np.ndarray)
+        or actions.dtype.kind != "f"
+    ):
+        raise explain(
+            PREFIX,
+            "expected a map with floats 'actions' (n, dim) and 'frozen'",
+            got=type(value).__name__ if not isinstance(value, dict) else ", ".join(value),
+            remedy="send what the robot runs meanwhile, or leave it out",
+        )
+    rest = {key: entry for key, entry in value.items() if key != "actions"}
+    try:
+        options = msgspec.convert(rest, _PrefixOptions)
+    except msgspec.ValidationError as error:
+        raise explain(PREFIX, f"not as expected ({error})", remedy="correct that entry") from error
+    return ActionPrefix(
+        actions.astype(np.float32),
+        options.frozen,
+        options.overlap,
+        options.schedule,
+        options.method,
+        options.max_weight,
+    )
 
 
 def _seed(value: object) -> int | None:

@@ -12,7 +12,9 @@ import pytest
 from served import serving
 from tiny_engine import ACTION_DIM, HORIZON, change_manifest, observation
 
+from quantvla.runtime.control.realtime_chunking import RealTimeChunking
 from quantvla.runtime.errors import QuantVLAError
+from quantvla.runtime.guidance import ActionPrefix, Method
 from quantvla.runtime.policy import Policy
 from quantvla.runtime.serve.access import Access
 from quantvla.runtime.serve.client import PolicyClient
@@ -48,6 +50,26 @@ def test_noise_and_seed_together_are_refused_as_by_the_policy(pristine_engine: P
         noise = np.zeros(client.metadata.noise_shape, np.float32)
         with pytest.raises(QuantVLAError, match="noise: given together with a seed"):
             client.predict_action_chunk(observation(), noise=noise, seed=1)
+
+
+@pytest.mark.parametrize("method", ["prefix", "forward"])
+def test_real_time_chunking_at_a_distance(
+    pristine_engine: Path, policy: Policy, method: Method
+) -> None:
+    ahead = policy.predict_action_chunk(observation(1), seed=1)[1:]
+    with serving(pristine_engine) as served, PolicyClient(served.uri) as client:
+        near, far = (RealTimeChunking(each, execute=2, method=method) for each in (policy, client))
+        one, other = (
+            chunking.predict_action_chunk(
+                observation(), inference_delay=1, prev_chunk_left_over=ahead, seed=2
+            )
+            for chunking in (near, far)
+        )
+        np.testing.assert_array_equal(one, other)
+        assert not np.array_equal(other, client.predict_action_chunk(observation(), seed=2))
+        wrong = ActionPrefix(np.ones((2, 7), np.float32), 1)
+        with pytest.raises(QuantVLAError, match="expected rows of 2 numbers"):
+            client.predict_action_chunk(observation(), prefix=wrong)
 
 
 def test_jpeg_images_are_smaller_and_nearly_the_same(pristine_engine: Path, policy: Policy) -> None:

@@ -21,7 +21,7 @@ GOOD = wire.encode({**observation(), "seed": 0})
 
 @pytest.fixture(scope="module")
 def served(pristine_engine: Path) -> Iterator[Served]:
-    with serving(pristine_engine, limits=Limits(max_message_bytes=LIMIT, receive_s=0.5)) as running:
+    with serving(pristine_engine, limits=Limits(max_message_bytes=LIMIT, receive_s=1.5)) as running:
         yield running
 
 
@@ -97,7 +97,7 @@ def test_fragments_that_come_too_slowly(served: Served) -> None:
         sock.sendall(frame_head(10, final=False) + GOOD[:10])
         started = time.monotonic()
         assert read_close(sock) == 1008
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 8
 
 
 def test_one_frame_that_comes_too_slowly(served: Served) -> None:

@@ -86,6 +86,34 @@ def test_bad_noise() -> None:
         RequestReader(make_manifest(), {}).read({"noise": "x"})
 
 
+def test_a_prefix_is_read_with_its_defaults() -> None:
+    actions = np.ones((3, 2))
+    request = RequestReader(make_manifest(), {}).read({"prefix": {"actions": actions, "frozen": 1}})
+    assert request.observation == {} and request.prefix is not None
+    assert request.prefix.frozen == 1 and request.prefix.method == "prefix"
+    np.testing.assert_array_equal(request.prefix.actions, actions.astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "match"),
+    [
+        (3, "expected a map with floats 'actions'.*got int"),
+        ({"frozen": 1}, "expected a map with floats 'actions'.*got frozen"),
+        ({"actions": np.ones((3, 2), np.int64), "frozen": 1}, "expected a map with floats"),
+        ({"actions": np.ones((3, 2))}, "missing required field `frozen`"),
+        ({"actions": np.ones((3, 2)), "frozen": -1}, "frozen"),
+        (
+            {"actions": np.ones((3, 2)), "frozen": 1, "method": "magic"},
+            "Invalid enum value 'magic'",
+        ),
+        ({"actions": np.ones((3, 2)), "frozen": 1, "speed": 2}, "unknown field `speed`"),
+    ],
+)
+def test_bad_prefix(prefix: object, match: str) -> None:
+    with pytest.raises(QuantVLAError, match=f"prefix: .*{match}"):
+        RequestReader(make_manifest(), {}).read({"prefix": prefix})
+
+
 def test_jpeg_under_a_camera_is_decoded_and_elsewhere_left_alone() -> None:
     data = jpeg(IMAGE)
     observation = read({FRONT: data, "note": data})

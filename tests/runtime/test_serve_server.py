@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -193,9 +194,9 @@ def test_too_many_clients_are_refused_until_one_leaves(pristine_engine: Path) ->
         with pytest.raises(InvalidStatus, match="503"):
             openpi(served.port)
         with pytest.raises(QuantVLAError, match="503 refused: clients"):
-            PolicyClient(served.uri, connect_s=0.5)
+            PolicyClient(served.uri, connect_s=2.0)
         first.close()
-        with PolicyClient(served.uri, connect_s=10) as second:
+        with PolicyClient(served.uri, connect_s=60) as second:
             assert second.predict_action_chunk(observation()).shape == (HORIZON, ACTION_DIM)
         assert served.counted("quantvla_refused_total", reason="clients") >= 2
 
@@ -210,11 +211,11 @@ class SlowPolicy:
         self.chunks = 0
         self._gate = gate
 
-    def predict_action_chunk(self, obs, *, noise=None, seed=None):
+    def predict_action_chunk(self, obs, **given):
         self.chunks += 1
         self.started.set()
         self._gate.wait(20)
-        return self._policy.predict_action_chunk(obs, noise=noise, seed=seed)
+        return self._policy.predict_action_chunk(obs, **given)
 
     def warm_up(self, runs: int = 1) -> None:
         self._policy.warm_up(runs)
@@ -226,18 +227,18 @@ class SlowPolicy:
 def test_a_request_that_waited_too_long_gets_no_stale_actions(pristine_engine: Path) -> None:
     gate = threading.Event()
     slow = SlowPolicy(pristine_engine, gate)
-    limits = Limits(max_wait_s=0.05, stall_s=0.05)
+    limits = Limits(max_wait_s=0.5, stall_s=0.05)
     with serving(pristine_engine, load=lambda: slow, limits=limits) as served, ThreadPoolExecutor() as pool:  # fmt: skip
         first = pool.submit(openpi(served.port).infer, observation())
         assert slow.started.wait(10)
         second = pool.submit(openpi(served.port).infer, observation())
         while served.counted("quantvla_requests_waiting") < 2:
             pass
-        threading.Event().wait(0.1)
+        time.sleep(0.7)
         assert served.get("/health") == (503, "stalled\n")
         gate.set()
         assert first.result(20)["actions"].shape == (HORIZON, ACTION_DIM)
-        with pytest.raises(RuntimeError, match=r"waited longer than 0.05 s.*observe again"):
+        with pytest.raises(RuntimeError, match=r"waited longer than 0.5 s.*observe again"):
             second.result(20)
         assert slow.chunks == 1
         assert served.counted("quantvla_requests_total", outcome="stale") == 1
@@ -266,11 +267,11 @@ def test_a_client_that_dies_while_it_waits_costs_no_inference(pristine_engine: P
 class FailingPolicy(SlowPolicy):
     """A policy that fails on every second chunk."""
 
-    def predict_action_chunk(self, obs, *, noise=None, seed=None):
+    def predict_action_chunk(self, obs, **given):
         self.chunks += 1
         if self.chunks % 2 == 0:
             raise MemoryError("out of memory")
-        return self._policy.predict_action_chunk(obs, noise=noise, seed=seed)
+        return self._policy.predict_action_chunk(obs, **given)
 
 
 def test_an_engine_that_fails_in_the_middle_is_an_error_for_that_request_only(
