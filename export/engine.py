@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from msgspec import structs
 from torch import nn
 
 from quantvla.export import lowering_cpu
-from quantvla.export.graphs import export_graph, save_graph
+from quantvla.export.graphs import save_graph
 from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
+from quantvla.export.rewrites import FUSE_CPU, Rewrite
 from quantvla.export.source import SourcePolicy, load_source
+from quantvla.export.stages import build_graphs
 from quantvla.families.base import LoadedPolicy, replaced
 from quantvla.progress import Progress
 from quantvla.quantized_linear import QuantizedLinear
@@ -30,6 +32,8 @@ from quantvla.versions import compiler_versions
 
 Lowering = Callable[[str, QuantizedLinear], nn.Module]
 TARGETS: dict[str, Lowering] = {"cpu": lowering_cpu.lower}
+FUSIONS: dict[str, tuple[Rewrite, ...]] = {"cpu": FUSE_CPU}
+"""Rewrites into operators that only this target has; the others get standard operators."""
 
 
 def export_engine(
@@ -52,9 +56,18 @@ def export_engine(
         raise explain(output, "already exists", remedy="choose another output or pass --overwrite")
     source = load_source(checkpoint)
     with atomic_directory(output, overwrite=overwrite) as directory:
-        stages = _write_stages(directory, source.loaded, TARGETS[target], progress)
-        guided = export_guidance(directory, source.loaded) if guidance else None
-        for name, content in source.loaded.interface.files.items():
+        loaded = source.loaded
+        context = loaded.stage(loaded.interface.sampler.stage).inputs if guidance else ()
+        stages = _write_stages(
+            directory,
+            loaded,
+            TARGETS[target],
+            FUSIONS.get(target, ()),
+            progress,
+            keep=[spec.name for spec in context],
+        )
+        guided = export_guidance(directory, loaded) if guidance else None
+        for name, content in loaded.interface.files.items():
             (directory / name).write_bytes(content)
         manifest = make_manifest(directory, source, stages, target)
         manifest = structs.replace(manifest, guidance=guided)
@@ -73,25 +86,28 @@ def lowered(loaded: LoadedPolicy, lower: Lowering) -> dict[str, nn.Module]:
 
 
 def _write_stages(
-    directory: Path, loaded: LoadedPolicy, lower: Lowering, progress: Progress
+    directory: Path,
+    loaded: LoadedPolicy,
+    lower: Lowering,
+    fusions: tuple[Rewrite, ...],
+    progress: Progress,
+    keep: Sequence[str] = (),
 ) -> tuple[StageSpec, ...]:
-    specs = []
     with replaced(loaded.policy, lowered(loaded, lower)):
-        for index, stage in enumerate(loaded.stages):
-            progress(f"exporting {stage.name}", index, len(loaded.stages))
-            model = export_graph(stage)
-            store_half_scales_(model)
-            file, *_ = save_graph(model, directory / f"{stage.name}.onnx")
-            specs.append(
-                StageSpec(
-                    name=stage.name,
-                    file=file,
-                    repeat=stage.repeat,
-                    inputs=stage.inputs,
-                    outputs=stage.outputs,
-                )
+        graphs = build_graphs(loaded.stages, loaded.interface.sampler, fusions, progress, keep=keep)
+    specs = []
+    for graph in graphs:
+        store_half_scales_(graph.model)
+        file, *_ = save_graph(graph.model, directory / f"{graph.name}.onnx")
+        specs.append(
+            StageSpec(
+                name=graph.name,
+                file=file,
+                repeat=graph.repeat,
+                inputs=graph.inputs,
+                outputs=graph.outputs,
             )
-    progress("exporting", len(loaded.stages), len(loaded.stages))
+        )
     return tuple(specs)
 
 

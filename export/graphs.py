@@ -20,13 +20,13 @@ OPSET = 21
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
-def export_graph(stage: Stage) -> ir.Model:
+def export_graph(stage: Stage, *, opset: int = OPSET) -> ir.Model:
     """Return the stage as an ONNX graph with fixed shapes and the stage's tensor names."""
     inputs = tuple(example(spec) for spec in stage.inputs)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            stage.module, inputs, dynamo=True, opset_version=OPSET, verbose=False,
+            stage.module, inputs, dynamo=True, opset_version=opset, verbose=False,
             input_names=[spec.name for spec in stage.inputs],
             output_names=[spec.name for spec in stage.outputs],
         )  # fmt: skip

@@ -36,34 +36,29 @@ def check_wiring(manifest: Manifest) -> None:
         for spec in stage.inputs:
             _check_input(stage.name, spec, made)
         _add(made, stage.outputs)
-    _check_guidance(manifest)
+    _check_guidance(manifest, made)
 
 
-def _check_guidance(manifest: Manifest) -> None:
-    """Raise `QuantVLAError` unless the guidance graph is the sampler's stage with two inputs and one output more."""
+def _check_guidance(manifest: Manifest, made: dict[str, TensorSpec]) -> None:
+    """Raise `QuantVLAError` unless the guidance graph finds its inputs and returns velocity and correction."""
     guidance, shape = manifest.guidance, manifest.sampler.noise_shape
     if guidance is None:
         return
-    repeated = manifest.stages[-1]
-    inputs = (
-        *repeated.inputs,
-        TensorSpec(name=guidance.target, dtype="float32", shape=shape),
-        TensorSpec(name=guidance.weights, dtype="float32", shape=(1, shape[1], 1)),
-    )
+    target = TensorSpec(name=guidance.target, dtype="float32", shape=shape)
+    weights = TensorSpec(name=guidance.weights, dtype="float32", shape=(1, shape[1], 1))
+    known = {**made, target.name: target, weights.name: weights}
+    for spec in guidance.stage.inputs:
+        _check_input(guidance.stage.name, spec, known)
     outputs = tuple(
         TensorSpec(name=name, dtype="float32", shape=shape)
         for name in (manifest.sampler.velocity, guidance.correction)
     )
-    for kind, found, expected in (
-        ("inputs", guidance.stage.inputs, inputs),
-        ("outputs", guidance.stage.outputs, outputs),
-    ):
-        if found != expected:
-            raise _error(
-                f"guidance {kind}",
-                f"expected {[spec.name for spec in expected]} of the sampler's shapes",
-                got=[spec.name for spec in found],
-            )
+    if guidance.stage.outputs != outputs:
+        raise _error(
+            "guidance outputs",
+            f"expected {[spec.name for spec in outputs]} of the sampler's shapes",
+            got=[spec.name for spec in guidance.stage.outputs],
+        )
 
 
 def _add(made: dict[str, TensorSpec], specs: tuple[TensorSpec, ...]) -> None:

@@ -124,7 +124,7 @@ def test_a_failed_export_keeps_the_old_engine(
     def fail(*_: object) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr("quantvla.export.engine.export_graph", fail)
+    monkeypatch.setattr("quantvla.export.stages.export_graph", fail)
     with pytest.raises(RuntimeError):
         export_engine(tiny_quantized, "cpu", old, overwrite=True)
     assert sha256_tree(old) == sha256_tree(tiny_integer_engine)

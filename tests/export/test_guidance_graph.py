@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from random_observations import random_observation
 
-from quantvla.checkpoint import load_quantized
 from quantvla.export.engine import export_engine
-from quantvla.export.guidance import export_guidance
 from quantvla.float_policy import FloatPolicy
 from quantvla.runtime.control.realtime_chunking import RealTimeChunking
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.files import sha256_file
 from quantvla.runtime.guidance import ActionPrefix, prefix_weights
-from quantvla.runtime.manifest import MANIFEST_FILE, encode_manifest, read_manifest
 from quantvla.runtime.policy import Policy
 from quantvla.staged import make_preprocessor, prepare, run_context
 
@@ -35,19 +29,9 @@ def guided_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Pat
 
 
 @pytest.fixture(scope="module")
-def guided_integer_engine(
-    tmp_path_factory: pytest.TempPathFactory, tiny_quantized: Path, tiny_integer_engine: Path
-) -> Path:
-    """The exported engine with the graph added, which is cheaper than exporting it again."""
+def guided_integer_engine(tmp_path_factory: pytest.TempPathFactory, tiny_quantized: Path) -> Path:
     output = tmp_path_factory.mktemp("engines") / "guided_w4a8"
-    shutil.copytree(tiny_integer_engine, output)
-    loaded, _ = load_quantized(tiny_quantized)
-    guidance = export_guidance(output, loaded)
-    manifest = read_manifest(output)
-    names = {p.name for p in output.iterdir()} - {MANIFEST_FILE}
-    files = {name: sha256_file(output / name) for name in sorted(names)}
-    manifest = msgspec.structs.replace(manifest, guidance=guidance, files=files)
-    (output / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
+    export_engine(tiny_quantized, "cpu", output, guidance=True)
     return output
 
 
