@@ -109,6 +109,34 @@ class Publisher:
             self.published.append(message)
 
 
+# Attributes of rclpy's Node and LifecycleNode: a subclass that sets one breaks them.
+TAKEN = [
+    "handle",
+    "context",
+    "clock",
+    "logger",
+    "parameters",
+    "parameter_overrides",
+    "parameter_service",
+    "descriptors",
+    "services",
+    "subscriptions",
+    "publishers",
+    "clients",
+    "timers",
+    "guards",
+    "waitables",
+    "callbacks",
+    "time_source",
+    "rate_group",
+    "state_machine",
+    "managed_entities",
+    "default_callback_group",
+    "parameter_event_publisher",
+    "parameters_callbacks",
+]
+
+
 class LifecycleNode:
     """State machine, parameters and topics of one node; ``given`` are the parameters of a YAML file."""
 
@@ -121,6 +149,10 @@ class LifecycleNode:
         self.publishers_: list[Publisher] = []
         self.logged: list[tuple[str, str]] = []
         self.destroyed = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert not (name.startswith("_") and name[1:] in TAKEN), f"rclpy keeps {name} to itself"
+        super().__setattr__(name, value)
 
     def declare_parameter(self, name: str, default: Any) -> None:
         assert name not in self.parameters, f"{name} is declared twice"

@@ -51,7 +51,6 @@ def make_node(
 
     yield make
     for node in made:
-        node._halt()
         node._release()
     sys.modules.pop("quantvla.runtime.ros2.node", None)
 
@@ -124,7 +123,7 @@ def test_the_state_is_in_the_policys_order_and_units(make_node: Callable[..., An
     node = make_node(state_scale=[10.0, 1.0, 2.0])
     node.trigger_configure()
     feed(node)
-    observation = node._robot.observe()
+    observation = node.quantvla_drive.robot.observe()
     np.testing.assert_array_equal(observation["observation.state"], [5.0, -1.0, 0.5])
     assert observation["task"] == "pick up the cup"
     assert observation["timestamp"] == pytest.approx(time.monotonic(), abs=1.0)
@@ -135,11 +134,11 @@ def test_the_instruction_can_change(make_node: Callable[..., Any]) -> None:
     node.trigger_configure()
     feed(node)
     with pytest.raises(Exception, match="instruction: none received"):
-        node._robot.observe()
+        node.quantvla_drive.robot.observe()
     for subscription in node.subscriptions_:
         if subscription.kind is String:
             subscription.callback(String(data="pick"))
-    assert node._robot.observe()["task"] == "pick"
+    assert node.quantvla_drive.robot.observe()["task"] == "pick"
 
 
 def test_nothing_moves_without_all_topics(make_node: Callable[..., Any]) -> None:
@@ -150,7 +149,7 @@ def test_nothing_moves_without_all_topics(make_node: Callable[..., Any]) -> None
     time.sleep(0.3)
     assert publisher.published == []
     with pytest.raises(Exception, match=r"'observation.images.front': nothing received"):
-        node._robot.observe()
+        node.quantvla_drive.robot.observe()
 
 
 def test_a_camera_that_turns_grey_stops_the_motion(make_node: Callable[..., Any]) -> None:
@@ -167,7 +166,7 @@ def test_a_camera_that_turns_grey_stops_the_motion(make_node: Callable[..., Any]
     time.sleep(0.1)
     assert publisher.published[-1].points[0].positions == held
     with pytest.raises(Exception, match="got 'mono8'"):
-        node._robot.observe()
+        node.quantvla_drive.robot.observe()
     node.trigger_deactivate()
 
 
@@ -197,9 +196,9 @@ def test_a_loop_that_ends_by_itself_says_why(make_node: Callable[..., Any]) -> N
     node = make_node()
     node.trigger_configure()
     feed(node)
-    node._policy.close()  # every inference fails from here on
+    node.quantvla_drive.policy.close()  # every inference fails from here on
     node.trigger_activate()
-    wait_for(lambda: (feed(node), not node._thread.is_alive())[1])
+    wait_for(lambda: (feed(node), not node.quantvla_drive.running)[1])
     assert node.publishers_[0].published == []
     assert any(level == "error" and "stopped" in text for level, text in node.logged)
 
