@@ -88,6 +88,17 @@ def test_signals_end_the_run_between_two_ticks(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_a_second_signal_stops_the_robot_at_once() -> None:
+    def twice(call: int) -> None:
+        if call == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    robot = FakeRobot(act_fault=twice)
+    report = real_loop(robot, RampPolicy()).run(seconds=30)
+    assert report.stop_cause == "SIGINT" and robot.stops == 2
+
+
 def test_heartbeat_is_renewed_while_the_loop_ticks(tmp_path: Path) -> None:
     beat, seen = tmp_path / "alive", []
     robot = FakeRobot(observe_fault=lambda call: seen.append(beat.exists()))
