@@ -1,0 +1,178 @@
+"""What each pass brings: recipes and variants of `best-w4a8`, paired action error on held-out frames.
+
+    python benchmarks/method/run.py                       # all, about an hour on two cores
+    python benchmarks/method/run.py rtn-w4a8 best-w4a8    # some
+    python benchmarks/method/run.py --table               # the table of docs/method.md
+
+The quantized checkpoint runs in torch, in the reference arithmetic that engines are verified against.
+Results are kept in ``result.json`` beside this file, arm by arm; ``docs/method.md`` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from quantvla.calib_sets import CalibrationSet, limit, open_set
+from quantvla.calibrate import frame_noise
+from quantvla.checkpoint import load_quantized
+from quantvla.cli.progress import progress_bar
+from quantvla.families import load_policy
+from quantvla.families.base import LoadedPolicy
+from quantvla.fidelity.action_error import relative_rms
+from quantvla.fidelity.trajectories import staged_trajectories
+from quantvla.passes import (
+    BalanceOutputs,
+    CorrectOutputs,
+    FoldNorms,
+    Gptq,
+    MatchTemperature,
+    Pass,
+    Permute,
+    Rotate,
+    Smooth,
+)
+from quantvla.quantize import quantize
+from quantvla.recipe import Recipe, read_recipe
+from quantvla.runtime.files import sha256_tree, write_atomic
+
+HERE = Path(__file__).parent
+RECIPES = (
+    "rtn-w4a8", "w4a8", "layout-w4a8", "atm-w4a8", "ohb-w4a8", "transform-w4a8", "quantvla-w4a8",
+    "best-w4a8", "all-w4a8", "smoothquant-w8a8", "awq-w4a16", "published",
+)  # fmt: skip
+_GPTQ = next(step for step in read_recipe("best-w4a8").passes if isinstance(step, Gptq))
+VARIANTS: dict[str, tuple[Pass, ...]] = {
+    "best, target = weight": (msgspec.structs.replace(_GPTQ, target="weight"),),
+    "best, tokens = equal": (msgspec.structs.replace(_GPTQ, tokens="equal"),),
+    "best, target = weight, tokens = equal": (
+        msgspec.structs.replace(_GPTQ, target="weight", tokens="equal"),
+    ),
+    "best, dynamic = false": (msgspec.structs.replace(_GPTQ, dynamic=False),),
+    "best, polish = 2": (msgspec.structs.replace(_GPTQ, polish=2),),
+    "best, step = layer": (msgspec.structs.replace(_GPTQ, step="layer"),),
+    "best, step = stage": (msgspec.structs.replace(_GPTQ, step="stage"),),
+    "smooth + best": (Smooth(), _GPTQ),
+    "rotate + best": (FoldNorms(), Rotate(), _GPTQ),
+    "permute + best": (Permute(), _GPTQ),
+    "best + atm + ohb": (_GPTQ, MatchTemperature(), BalanceOutputs()),
+    "best + correct_output": (_GPTQ, CorrectOutputs()),
+}
+
+
+class Arm(msgspec.Struct, frozen=True):
+    """One arm: relative action error, what it stores, what it took, what was folded and corrected."""
+
+    nrmse: float
+    nrmse_per_dimension: tuple[float, ...]
+    effective_bits: float
+    quantize_cpu_s: float
+    checkpoint_sha256: str
+    frames: int
+    heldout_frames: int
+    factors: dict[str, tuple[tuple[float, ...], ...]] = {}
+    notes: tuple[str, ...] = ()
+
+
+def recipe_of(name: str) -> Recipe:
+    """Return a bundled recipe, or ``best-w4a8`` with a variant's passes."""
+    if name not in VARIANTS:
+        return read_recipe(name)
+    return msgspec.structs.replace(read_recipe("best-w4a8"), name=name, passes=VARIANTS[name])
+
+
+def chunks(loaded: LoadedPolicy, heldout: CalibrationSet, what: str) -> NDArray[np.float32]:
+    """Return the policy's chunk for every held-out frame and its noise: (frames, horizon, dim), normalized."""
+    shape = loaded.interface.sampler.noise_shape
+    noises = [frame_noise(0, index, shape) for index in range(len(heldout))]
+    frames = [frame.observation for frame in heldout]
+    with progress_bar() as progress:
+        found = staged_trajectories(loaded, frames, noises, what, progress)
+    return np.stack([trajectory.chunk for trajectory in found])
+
+
+def measure(
+    name: str, policy: Path, calibration: CalibrationSet, heldout: CalibrationSet,
+    reference: NDArray[np.float32], work: Path,
+) -> Arm:  # fmt: skip
+    """Quantize with one recipe and compare."""
+    started = time.process_time()
+    output = work / name.replace(" ", "_")
+    with progress_bar() as progress:
+        result = quantize(
+            policy, calibration, recipe_of(name), output, overwrite=True, progress=progress
+        )
+    took = time.process_time() - started
+    found = chunks(load_quantized(output)[0], heldout, name)
+    bits = sum(8 * entry.bytes_after for entry in result.plan.quantized)
+    weights = sum(entry.out_features * entry.in_features for entry in result.plan.quantized)
+    return Arm(
+        nrmse=relative_rms(found, reference, axes=(0, 1, 2))[0],
+        nrmse_per_dimension=relative_rms(found, reference, axes=(0, 1)),
+        effective_bits=bits / weights, quantize_cpu_s=round(took, 1),
+        checkpoint_sha256=sha256_tree(policy), frames=len(calibration), heldout_frames=len(heldout),
+        factors={
+            report.kind: tuple(entry.raw for entry in report.factors)
+            for report in result.reports if report.factors
+        },
+        notes=tuple(note for report in result.reports for note in report.notes if "warning" in note),
+    )  # fmt: skip
+
+
+def table(kept: dict[str, Arm]) -> str:
+    """Return the results as a Markdown table, in the order of recipes and variants."""
+    nearest = kept["rtn-w4a8"].nrmse if "rtn-w4a8" in kept else float("nan")
+    lines = [
+        "| recipe or variant | action error | against rtn-w4a8 | bits a weight | quantize, CPU s |",
+        "|---|---|---|---|---|",
+    ]
+    for name in (*RECIPES, *VARIANTS):
+        if name in kept:
+            arm = kept[name]
+            lines.append(
+                f"| {name} | {arm.nrmse:.2%} | {arm.nrmse / nearest:.2f} | "
+                f"{arm.effective_bits:.2f} | {arm.quantize_cpu_s:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def read_results(path: Path) -> dict[str, Arm]:
+    """Return the arms measured so far."""
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Arm]) if path.is_file() else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the arms asked for and write them to the result file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("arms", nargs="*", help="recipes and variants [all]")
+    parser.add_argument("--policy", type=Path, default=Path("examples/metaworld/policy"))
+    parser.add_argument("--calib", type=Path, default=Path("calib_sets/metaworld"))
+    parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--work", type=Path, default=Path("build/method"))
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "result.json")
+    parser.add_argument("--table", action="store_true", help="print the results so far")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table(read_results(options.output)))
+        return
+    source = limit(open_set(options.calib), frames=options.frames)
+    heldout = source.part("heldout")
+    reference = chunks(load_policy(options.policy), heldout, "float policy")
+    for name in options.arms or (*RECIPES, *VARIANTS):
+        arm = measure(
+            name, options.policy, source.part("calibration"), heldout, reference, options.work
+        )
+        kept = {**read_results(options.output), name: arm}
+        encoded = msgspec.json.format(msgspec.json.encode(kept), indent=1)
+        write_atomic(options.output, encoded + b"\n")
+        print(f"{name}: action error {arm.nrmse:.2%}, {arm.effective_bits:.2f} bits a weight")
+
+
+if __name__ == "__main__":
+    main()
