@@ -21,18 +21,16 @@ class DirectoryStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._folders: list[Path] = []
+        self._folder = root
+        self._newest: dict[str, Path] = {}
 
     def open_folder(self, folder: Path) -> None:
-        """Write to ``folder`` from now on; what earlier ones hold stays readable."""
-        self._folders.append(folder)
-
-    def _path(self, site: str) -> Path | None:
-        paths = (folder / f"{site}.safetensors" for folder in reversed(self._folders))
-        return next((path for path in paths if path.is_file()), None)
+        """Write to ``folder`` from now on; what it holds counts, what earlier ones hold stays readable."""
+        self._folder = folder
+        self._newest |= {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
     def __contains__(self, site: str) -> bool:
-        return self._path(site) is not None
+        return site in self._newest
 
     def put(self, site: str, weight: QuantizedWeight) -> None:
         """Keep the weight of a site."""
@@ -40,15 +38,13 @@ class DirectoryStore:
         if weight.static is not None:
             tensors |= {"transform": weight.static.transform, "input_scales": weight.static.scales}
         metadata = {"bits": str(weight.bits), "block": str(weight.block), "inputs": weight.inputs}
-        write_atomic(
-            self._folders[-1] / f"{site}.safetensors",
-            save(tensors, metadata),
-        )
+        path = self._folder / f"{site}.safetensors"
+        write_atomic(path, save(tensors, metadata))
+        self._newest[site] = path
 
     def get(self, site: str) -> QuantizedWeight:
         """Return the weight of a site that is in the store."""
-        path = self._path(site)
-        assert path is not None, site
+        path = self._newest[site]
         try:
             with safe_open(path, framework="pt") as stored:
                 metadata = stored.metadata()
