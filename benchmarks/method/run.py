@@ -56,7 +56,7 @@ VARIANTS: dict[str, tuple[Pass, ...]] = {
     ),
     "best, dynamic = false": (msgspec.structs.replace(_GPTQ, dynamic=False),),
     "best, polish = 2": (msgspec.structs.replace(_GPTQ, polish=2),),
-    "best, step = layer": (msgspec.structs.replace(_GPTQ, step="layer"),),
+    "best, step = input": (msgspec.structs.replace(_GPTQ, step="input"),),
     "best, step = stage": (msgspec.structs.replace(_GPTQ, step="stage"),),
     "smooth + best": (Smooth(), _GPTQ),
     "rotate + best": (FoldNorms(), Rotate(), _GPTQ),
