@@ -106,7 +106,7 @@ class Benchmark:
     def evaluate(self) -> None:
         """Run the arms in closed loop, a third of the episodes first, so that an early end leaves pairs of all arms."""
         options = self.options
-        beds = [REFERENCE_BED, read_bed(options.hard_bed)]
+        beds = [read_bed(options.hard_bed), REFERENCE_BED]  # the telling one first
         loop = ClosedLoop(
             options.work / "closed_loop", self.arms[REFERENCE], options.seed, options.processes
         )
