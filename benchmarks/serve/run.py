@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,13 +37,19 @@ from quantvla.runtime.policy import Policy
 from quantvla.runtime.serve.client import PolicyClient
 
 SIDE = 256
-CHUNKS, WARMUP, ROUNDS = 60, 10, 3
+CHUNKS, WARMUP, ROUNDS = 40, 5, 3
 CLIENTS, CHUNKS_PER_CLIENT = 8, 25
+MAX_WAIT_S = 60  # a loaded machine may take longer than the default 5 s for eight chunks
+PARTS = ("round_trips", "together", "soak")
 
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Milliseconds of ``chunks`` requests: the whole, and what is not the engine's part of it."""
+    """Milliseconds of ``chunks`` requests: the whole, and what is not the engine's part of it.
+
+    ``added_cpu``: processor time of client and server together per request, all rounds, less that
+    of a chunk in process. Unlike the others it does not grow with the load of the machine.
+    """
 
     client: str
     chunks: int
@@ -51,6 +57,7 @@ class RoundTrip:
     total_p99: float
     added_p50: float
     added_p99: float
+    added_cpu: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ class Soak:
 @contextmanager
 def server(engine: Path, threads: int) -> Iterator[tuple[int, int]]:
     """Run ``quantvla serve``; yields its process id and port."""
-    command = [sys.executable, "-m", "quantvla", "serve", str(engine), "--port", "0", "--threads", str(threads)]  # fmt: skip
+    options = ["--port", "0", "--threads", str(threads), "--max-wait", str(MAX_WAIT_S)]
+    command = [sys.executable, "-m", "quantvla", "serve", str(engine), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
@@ -105,9 +113,19 @@ def observation(policy: Policy, seed: int = 0) -> dict[str, object]:
     return obs
 
 
-def in_process(engine: Path, threads: int, obs: dict[str, object]) -> list[float]:
+def in_process(engine: Path, threads: int, obs: dict[str, object]) -> tuple[float, float]:
+    """Return median wall and mean processor milliseconds of a chunk in this process."""
     with Policy.from_pretrained(engine, threads=threads) as policy:
-        return timed(lambda: policy.predict_action_chunk(obs, seed=0))
+        before = time.process_time()
+        times = timed(lambda: policy.predict_action_chunk(obs, seed=0))
+        cpu_ms = (time.process_time() - before) * 1e3 / (CHUNKS + WARMUP)
+    return median(times), cpu_ms
+
+
+def cpu_ms_of(pid: int) -> float:
+    """Return the processor time that this process and process ``pid`` have used."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) * 1e3 / os.sysconf("SC_CLK_TCK") + time.process_time() * 1e3
 
 
 def timed(call: Callable[[], object]) -> list[float]:
@@ -122,14 +140,16 @@ def timed(call: Callable[[], object]) -> list[float]:
     return times
 
 
-def round_trip(name: str, ask: Callable[[], float]) -> RoundTrip:
+def round_trip(name: str, ask: Callable[[], float], pid: int, local_cpu_ms: float) -> RoundTrip:
     """Measure ``ask``, which returns the engine's milliseconds of its request."""
     engine_ms: list[float] = []
+    before = cpu_ms_of(pid)
     totals = timed(lambda: engine_ms.append(ask()))
+    cpu = (cpu_ms_of(pid) - before) / (CHUNKS + WARMUP) - local_cpu_ms
     added = np.subtract(totals, engine_ms[WARMUP:])
     whole = np.percentile(totals, (50, 99))
     beside = np.percentile(added, (50, 99))
-    return RoundTrip(name, CHUNKS, *(round(float(v), 3) for v in (*whole, *beside)))
+    return RoundTrip(name, CHUNKS, *(round(float(v), 3) for v in (*whole, *beside, cpu)))
 
 
 def ask_openpi(client: WebsocketClientPolicy, obs: dict[str, object]) -> float:
@@ -141,7 +161,9 @@ def ask_ours(client: PolicyClient, obs: dict[str, object]) -> float:
     return client.timing["infer_ms"]
 
 
-def round_trips(port: int, obs: dict[str, object]) -> list[RoundTrip]:
+def round_trips(
+    pid: int, port: int, obs: dict[str, object], local_cpu_ms: float
+) -> list[RoundTrip]:
     """Measure three clients in turns; of each, returns the round with the middle p50."""
     uri = f"ws://127.0.0.1:{port}"
     openpi = WebsocketClientPolicy("127.0.0.1", port)
@@ -151,9 +173,15 @@ def round_trips(port: int, obs: dict[str, object]) -> list[RoundTrip]:
             "PolicyClient, raw": partial(ask_ours, raw, obs),
             "PolicyClient, JPEG 90": partial(ask_ours, jpeg, obs),
         }
-        rounds = [[round_trip(name, ask) for name, ask in asks.items()] for _ in range(ROUNDS)]
-    columns = zip(*rounds, strict=True)
-    return [sorted(column, key=lambda r: r.added_p50)[ROUNDS // 2] for column in columns]
+        rounds = [
+            [round_trip(name, ask, pid, local_cpu_ms) for name, ask in asks.items()]
+            for _ in range(ROUNDS)
+        ]
+    columns = [sorted(each, key=lambda r: r.added_p50) for each in zip(*rounds, strict=True)]
+    return [
+        replace(column[ROUNDS // 2], added_cpu=round(median(r.added_cpu for r in column), 3))
+        for column in columns
+    ]
 
 
 def together(port: int, obs: dict[str, object]) -> Together:
@@ -219,16 +247,12 @@ def soak(pid: int, port: int, obs: dict[str, object], seconds: float) -> Soak:
 
 def table(trips: list[RoundTrip], in_process_p50: float) -> Table:
     shown = Table(title=f"in process p50 {in_process_p50:.2f} ms; 2x {SIDE}x{SIDE}, ms")
-    for heading in ("client", "round trip p50", "p99", "added p50", "added p99"):
+    for heading in ("client", "round trip p50", "p99", "added p50", "added p99", "added CPU"):
         shown.add_column(heading, justify="left" if heading == "client" else "right")
     for trip in trips:
-        values = (trip.total_p50, trip.total_p99, trip.added_p50, trip.added_p99)
+        values = (trip.total_p50, trip.total_p99, trip.added_p50, trip.added_p99, trip.added_cpu)
         shown.add_row(trip.client, *(f"{value:.2f}" for value in values))
     return shown
-
-
-def write_result(path: Path, result: dict[str, object]) -> None:
-    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def main() -> None:
@@ -236,35 +260,46 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--soak", type=float, default=600.0, help="seconds")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="others are kept")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(__file__).with_name("result.json")
     )
     options = parser.parse_args()
     with Policy.from_pretrained(options.engine, threads=1) as policy:
         obs, manifest = observation(policy), policy.manifest
-    local = [median(in_process(options.engine, options.threads, obs)) for _ in range(ROUNDS)]
     result: dict[str, object] = {
+        **(json.loads(options.output.read_text()) if options.output.is_file() else {}),
         "engine": f"{manifest.family} {manifest.recipe}",
         "threads": options.threads,
         "images": f"{len(manifest.cameras)}x {SIDE}x{SIDE}",
-        "in_process_p50": round(median(local), 3),
         "platform": platform.platform(),
         "python": platform.python_version(),
     }
-    with server(options.engine, options.threads) as (pid, port):
-        trips = round_trips(port, obs)
-        result["round_trips"] = [asdict(trip) for trip in trips]
-        result["load_average_after_round_trips"] = os.getloadavg()[0]
-        eight = together(port, obs)
-        result["together"] = asdict(eight)
-        write_result(options.output, result)  # the soak is long: what is measured is kept
-        soaked = soak(pid, port, obs, options.soak)
-        result["soak"] = asdict(soaked)
-        result["load_average_after_soak"] = os.getloadavg()[0]
-    write_result(options.output, result)
+
+    def keep(part: str, measured: object) -> None:
+        """Write what is measured so far: the soak is long."""
+        result[part] = {"measured": measured, "load_average": os.getloadavg()[0]}
+        write_atomic(options.output, (json.dumps(result, indent=1) + "\n").encode())
+
     console = Console()
-    console.print(table(trips, median(local)))
-    console.print(eight, soaked)
+    local: list[tuple[float, float]] = []
+    if "round_trips" in options.parts:
+        local = [in_process(options.engine, options.threads, obs) for _ in range(ROUNDS)]
+    with server(options.engine, options.threads) as (pid, port):
+        if "round_trips" in options.parts:
+            wall_ms, cpu_ms = (median(column) for column in zip(*local, strict=True))
+            trips = round_trips(pid, port, obs, cpu_ms)
+            keep("round_trips", [asdict(trip) for trip in trips])
+            keep("in_process", {"p50": round(wall_ms, 3), "cpu": round(cpu_ms, 3)})
+            console.print(table(trips, wall_ms))
+        if "together" in options.parts:
+            eight = together(port, obs)
+            keep("together", asdict(eight))
+            console.print(eight)
+        if "soak" in options.parts:
+            soaked = soak(pid, port, obs, options.soak)
+            keep("soak", asdict(soaked))
+            console.print(soaked)
 
 
 if __name__ == "__main__":
