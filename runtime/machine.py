@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
+_CPUINFO = Path("/proc/cpuinfo")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
@@ -50,6 +52,18 @@ def _quota_cores() -> int:
         return max(1, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):  # no cgroup v2, or the quota is "max"
         return 1 << 20
+
+
+def processor() -> str:
+    """Return the processor's name, on x86 Linux with family, model and stepping: virtual ones share names."""
+    try:
+        lines = _CPUINFO.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = fields.get("model name") or platform.machine()
+    numbers = [fields[key] for key in ("cpu family", "model", "stepping") if key in fields]
+    return f"{name} ({'/'.join(numbers)})" if numbers else name
 
 
 def memory() -> Memory | None:

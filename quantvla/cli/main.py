@@ -14,6 +14,7 @@ from quantvla.runtime.errors import QuantVLAError, nearest
 BAD_INPUT = 2
 COMMANDS = {
     "plan": "plan:plan",
+    "profile": "profile:profile",
     "quantize": "quantize:quantize",
     "export": "export:export",
     "build": "build:build",
@@ -75,7 +76,8 @@ class _LazyGroup(click.Group):
 
 
 _SUMMARIES = {
-    "plan": "Print which linear gets which scheme, and why.",
+    "plan": "Print which linear gets which scheme; with a budget, choose.",
+    "profile": "Measure the kernels of a policy on this machine.",
     "quantize": "Calibrate and quantize a LeRobot checkpoint.",
     "export": "Turn a checkpoint into an engine directory.",
     "build": "Compile an engine with TensorRT for a GPU.",

@@ -27,3 +27,13 @@ as_json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
 )
 seed = click.option("--seed", default=0, show_default=True, help="Seed of the flow noise.")
+threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of the engine.  [default: one per physical core]",
+)
+cache = click.option(
+    "--cache",
+    type=DIRECTORY,
+    help="Where measurements are kept.  [default: $QUANTVLA_CACHE, else ~/.cache/quantvla]",
+)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from quantvla.checkpoint import is_quantized, read_card
 from quantvla.cli import options
+from quantvla.cli.mixed import Budgets, budget_options, plan_mixed
 from quantvla.cli.passes import print_passes
 from quantvla.cli.target_options import GpuOptions, gpu_options, plan_for_gpu
 from quantvla.export.source import load_source
@@ -30,15 +31,21 @@ from quantvla.target_plan import TargetPlan
     "--target", help="Say what runs in which format there (jetson-orin, jetson-thor, rtx)."
 )
 @gpu_options
+@budget_options
 @options.as_json
 def plan(
     policy_path: Path, recipe: str, target: str | None, board: str | None, activations: str,
-    precision: str, as_json: bool,
+    precision: str, as_json: bool, budget: Budgets,
 ) -> None:  # fmt: skip
     """Print the plan of a recipe for a policy: site, stage, shape, scheme, bytes, reason.
 
-    Of a quantized checkpoint, print the plan that it was made by and what its passes did.
+    Of a quantized checkpoint, print the plan that it was made by and what its passes did. With a
+    budget, choose the format of each of the recipe's integer sites: least error of the action within
+    the budget, see docs/mixed_precision.md.
     """
+    if budget.given:
+        plan_mixed(policy_path, read_recipe(recipe), budget, as_json=as_json)
+        return
     if target is not None:
         source = load_source(policy_path)
         chosen = GpuOptions(target, board, activations, precision)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Protocol
 
@@ -15,6 +13,7 @@ from quantvla.evaluate.closed_loop import available_cores
 from quantvla.evaluate.policy_bench import PolicyBenchReport
 from quantvla.report.structure import Latency, MachineReport
 from quantvla.runtime.bench import BenchReport, Percentiles
+from quantvla.runtime.machine import processor
 
 
 class Benches(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,17 +79,8 @@ def machine_report(threads: int) -> MachineReport:
     """Return what this machine is."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return MachineReport(
-        processor=_processor(),
+        processor=processor(),
         cores=available_cores(),
         memory_gib=pages * page / 2**30,
         threads=threads,
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

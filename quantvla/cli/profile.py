@@ -1,0 +1,114 @@
+"""``quantvla profile``: how long the kernels of a policy's linears take on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from quantvla.cli import options
+from quantvla.cli.progress import progress_bar
+from quantvla.families import load_policy
+from quantvla.families.base import LoadedPolicy
+from quantvla.layout import make_plan
+from quantvla.mixed.cache import cache_directory
+from quantvla.mixed.choose import kernels
+from quantvla.mixed.latency import Kernel, LatencyTable, TableFile, read_table
+from quantvla.mixed.offers import DEFAULT_FORMATS, Format, offers, parse_formats
+from quantvla.mixed.profile import ROUNDS, measure_missing, this_machine
+from quantvla.recipe import Default, Recipe
+from quantvla.runtime.files import write_atomic
+
+_ALL = Default(scheme="float", reason="timed in every format")
+
+
+@click.command()
+@options.policy_path
+@click.option("--target", default="cpu", show_default=True, help="Target whose kernels to time.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    default=DEFAULT_FORMATS,
+    show_default=True,
+    help="A format to time, scheme:block; may be given several times.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=3),
+    default=ROUNDS,
+    show_default=True,
+    help="Turns; the median over them counts.",
+)
+@click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
+@click.option(
+    "--from",
+    "given",
+    type=options.DIRECTORY,
+    help="Print this table, after checking that it is of this machine.",
+)
+@click.option("-o", "--output", type=options.DIRECTORY, help="Also write the table here.")
+@options.threads
+@options.cache
+@options.as_json
+def profile(
+    policy_path: Path, target: str, formats: tuple[str, ...], rounds: int, fresh: bool,
+    given: Path | None, output: Path | None, threads: int | None, cache: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure each linear's shape in each format, and keep the times for `quantvla plan`."""
+    machine = this_machine(target, threads)
+    if given is not None:
+        table = read_table(given, machine)
+    else:
+        wanted = policy_kernels(load_policy(policy_path), parse_formats(formats))
+        file = TableFile(cache or cache_directory(), machine)
+        if fresh:
+            file.path.unlink(missing_ok=True)
+        with progress_bar() as progress:
+            table = measure_missing(wanted, file, rounds=rounds, progress=progress).only(wanted)
+        click.echo(f"kept in {file.path}", err=True)
+    encoded = msgspec.json.format(msgspec.json.encode(table), indent=1)
+    if output is not None:
+        write_atomic(output, encoded)
+    if as_json:
+        click.echo(encoded)
+    else:
+        print_table(table)
+
+
+def policy_kernels(loaded: LoadedPolicy, formats: Sequence[Format]) -> list[Kernel]:
+    """Return the kernels of all used linears of a policy in all ``formats`` that fit, each once."""
+    plan = make_plan(loaded.sites, Recipe(name="all", rules=(), default=_ALL, passes=()))
+    offered = [(e, offers(e, formats)) for e in plan.entries if e not in plan.dropped]
+    return list(dict.fromkeys(kernels(loaded, offered).values()))
+
+
+def print_table(table: LatencyTable) -> None:
+    """Print a row per linear and a column per format: microseconds of one call."""
+    times = table.lookup()
+    formats = list(dict.fromkeys(kernel.format for kernel in times))
+    console = Console(width=None if Console().is_terminal else 160)
+    shown = Table(title=f"microseconds a call: {table.machine.describe()}")
+    shown.add_column("input")
+    shown.add_column("out", justify="right")
+    for form in formats:
+        shown.add_column(form, justify="right")
+    rows = dict.fromkeys((kernel.shape, kernel.out_features, kernel.bias) for kernel in times)
+    for shape, out_features, bias in rows:
+        found = [times.get(Kernel(shape, out_features, bias, form)) for form in formats]
+        fastest = min(value for value in found if value is not None)
+        shown.add_row(
+            " x ".join(map(str, shape)), f"{out_features}{' + bias' if bias else ''}",
+            *(_cell(value, fastest) for value in found),
+        )  # fmt: skip
+    console.print(shown)
+
+
+def _cell(value: float | None, fastest: float) -> str:
+    if value is None:
+        return "-"
+    return f"[bold]{value:.1f}[/bold]" if value == fastest else f"{value:.1f}"

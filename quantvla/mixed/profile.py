@@ -1,0 +1,154 @@
+"""`quantvla profile`: measure the kernels of a policy's linears on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantvla.export.engine import TARGETS
+from quantvla.export.graphs import export_graph, save_graph
+from quantvla.export.half_scales import store_half_scales_
+from quantvla.families.base import Stage
+from quantvla.mixed.latency import Kernel, KernelTime, LatencyTable, Machine, TableFile
+from quantvla.mixed.offers import parse_formats
+from quantvla.progress import Progress
+from quantvla.quantized_linear import QuantizedLinear
+from quantvla.quantizer import QuantizedWeight
+from quantvla.runtime.backend import backend_for
+from quantvla.runtime.errors import explain, nearest
+from quantvla.runtime.machine import physical_cores, processor
+from quantvla.runtime.manifest import StageSpec, TensorSpec
+from quantvla.schemes import FLOAT, Scheme, resolve_scheme
+
+ROUNDS = 25
+WARMUP_CALLS = 5
+SAMPLE_S = 1e-3  # calls are timed in batches this long, far above the clock's resolution
+_MOST_CALLS = 2000
+
+Call = Callable[[], None]
+
+
+def this_machine(target: str, threads: int | None) -> Machine:
+    """Return the machine that a profile made now belongs to."""
+    if target not in TARGETS:
+        raise explain(f"target {target!r}", "unknown", remedy=nearest(target, TARGETS))
+    library = " ".join(f"{k} {v}" for k, v in sorted(backend_for(target).versions().items()))
+    return Machine(target, processor(), library, physical_cores() if threads is None else threads)
+
+
+def measure_missing(
+    kernels: Sequence[Kernel],
+    file: TableFile,
+    *,
+    rounds: int = ROUNDS,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> LatencyTable:
+    """Return the machine's table with all ``kernels`` in it; those it lacks are measured.
+
+    The formats of one linear are timed in turns, so that a change of the machine's speed meets all
+    of them; the table is written after each linear, so that a killed run continues.
+    """
+    table = file.read()
+    missing = sorted(table.missing(kernels), key=_linear)
+    done = 0
+    for _, group in groupby(missing, key=_linear):
+        members = list(group)
+        progress("measuring kernels", done, len(missing))
+        table = table.with_times(measure(members, file.machine, rounds=rounds))
+        file.write(table)
+        done += len(members)
+    progress("measuring kernels", len(missing), len(missing))
+    return table
+
+
+def measure(kernels: Sequence[Kernel], machine: Machine, *, rounds: int) -> list[KernelTime]:
+    """Return the median duration of each kernel over ``rounds`` turns, an empty call taken off."""
+    with TemporaryDirectory() as work, ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(0)
+        empty = _session(nn.ReLU(), (1,), (1,), machine, Path(work) / "empty")
+        calls = [empty, *(_kernel(k, machine, Path(work) / str(i)) for i, k in enumerate(kernels))]
+        counts = [_calls_per_sample(call) for call in calls]
+        samples: list[list[float]] = [[] for _ in calls]
+        for _ in range(rounds):
+            for call, count, found in zip(calls, counts, samples, strict=True):
+                found.append(_duration_s(call, count) / count)
+    overhead, *medians = (median(found) * 1e6 for found in samples)
+    return [
+        KernelTime(kernel, round(max(found - overhead, 0.01), 2), rounds * count)
+        for kernel, found, count in zip(kernels, medians, counts[1:], strict=True)
+    ]
+
+
+def _linear(kernel: Kernel) -> tuple[tuple[int, ...], int, bool]:
+    return kernel.shape, kernel.out_features, kernel.bias
+
+
+def _calls_per_sample(call: Call) -> int:
+    for _ in range(WARMUP_CALLS):
+        call()
+    once = min(_duration_s(call, 1) for _ in range(WARMUP_CALLS))
+    return int(min(max(SAMPLE_S / max(once, 1e-9), 1), _MOST_CALLS))
+
+
+def _duration_s(call: Call, count: int) -> float:
+    start_ns = time.perf_counter_ns()
+    for _ in range(count):
+        call()
+    return (time.perf_counter_ns() - start_ns) / 1e9
+
+
+def _kernel(kernel: Kernel, machine: Machine, directory: Path) -> Call:
+    (form,) = parse_formats([kernel.format])
+    in_features = kernel.shape[-1]
+    scheme = resolve_scheme(
+        form.scheme, (form.block,), site=kernel.describe(), in_features=in_features
+    )
+    module = _module(kernel, scheme, machine.target)
+    output = (*kernel.shape[:-1], kernel.out_features)
+    return _session(module, kernel.shape, output, machine, directory)
+
+
+def _module(kernel: Kernel, scheme: Scheme, target: str) -> nn.Module:
+    rows, columns = kernel.out_features, kernel.shape[-1]
+    if scheme == FLOAT:
+        return nn.Linear(columns, rows, bias=kernel.bias).eval()
+    high = 2 ** (scheme.weight_bits - 1)
+    codes = torch.randint(-high + 1, high, (rows, columns), dtype=torch.int8)
+    scales = torch.full((rows, columns // scheme.block), 2.0**-8, dtype=torch.float16)
+    bias: Tensor | None = torch.randn(rows) if kernel.bias else None
+    weight = QuantizedWeight(codes, scales, scheme.weight_bits, scheme.block, scheme.inputs)
+    return TARGETS[target](kernel.describe(), QuantizedLinear(weight, bias))
+
+
+def _session(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    output: tuple[int, ...],
+    machine: Machine,
+    directory: Path,
+) -> Call:
+    """Return a call of the module as the engine would run it: the same export, the same session."""
+    x = TensorSpec(name="x", dtype="float32", shape=shape)
+    y = TensorSpec(name="y", dtype="float32", shape=output)
+    model = export_graph(Stage("kernel", module, (x,), (y,)))
+    store_half_scales_(model)
+    directory.mkdir()
+    file, *_ = save_graph(model, directory / "kernel.onnx")
+    spec = StageSpec(name="kernel", file=file, repeat=1, inputs=(x,), outputs=(y,))
+    session = backend_for(machine.target).load(directory / file, spec, machine.threads)
+    tensors = {"x": np.random.default_rng(0).standard_normal(shape, np.float32)}
+
+    def call() -> None:
+        session.run(tensors)
+
+    return call
