@@ -64,9 +64,10 @@ class EulerSampler(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="eu
 class GuidanceSpec(_Strict, frozen=True, kw_only=True):
     """The optional graph for guided real-time chunking: the sampler's stage and its Jacobian in one.
 
-    ``stage`` has the inputs of the sampler's stage, then ``target`` (noise shape) and ``weights``
-    (1, horizon, 1). With ``e = weights * (target - (x - t v(x)))`` it gives the velocity v and, under
-    the name ``correction``, ``e`` times the Jacobian of ``x - t v(x)``. Not run unless asked for.
+    ``stage`` has the inputs of the policy's denoise step, whatever a target moved out of its own
+    graph, then ``target`` (noise shape) and ``weights`` (1, horizon, 1). With
+    ``e = weights * (target - (x - t v(x)))`` it gives the velocity v and, under the name
+    ``correction``, ``e`` times the Jacobian of ``x - t v(x)``. Not run unless asked for.
     """
 
     stage: StageSpec
