@@ -29,6 +29,7 @@ def test_snippets_run(pristine_engine: Path, policy: Policy) -> None:
 
 def test_options_in_the_text_exist() -> None:
     options = {name for parameter in serve.params for name in parameter.opts}
-    named = {word.strip("`,.:;()") for word in TEXT.split() if word.startswith(("--", "`--"))}
+    text = TEXT.partition("## Figures")[0]
+    named = {word.strip("`,.:;()") for word in text.split() if word.startswith(("--", "`--"))}
     assert named - options == set(), named - options
     assert {"--host", "--api-key-file", "--tls-cert", "--max-clients", "--rename"} <= named
