@@ -72,7 +72,7 @@ class Arm(msgspec.Struct, frozen=True):
     nrmse: float
     nrmse_per_dimension: tuple[float, ...]
     effective_bits: float
-    quantize_cpu_s: float
+    quantize_cpu_s: float | None
     checkpoint_sha256: str
     frames: int
     heldout_frames: int
@@ -129,15 +129,16 @@ def table(kept: dict[str, Arm]) -> str:
     """Return the results as a Markdown table, in the order of recipes and variants."""
     nearest = kept["rtn-w4a8"].nrmse if "rtn-w4a8" in kept else float("nan")
     lines = [
-        "| recipe or variant | action error | against rtn-w4a8 | bits a weight | quantize, CPU s |",
-        "|---|---|---|---|---|",
+        "| recipe or variant | action error | against rtn-w4a8 | bits a weight | frames | quantize, CPU s |",
+        "|---|---|---|---|---|---|",
     ]
     for name in (*RECIPES, *VARIANTS):
         if name in kept:
             arm = kept[name]
             lines.append(
                 f"| {name} | {arm.nrmse:.2%} | {arm.nrmse / nearest:.2f} | "
-                f"{arm.effective_bits:.2f} | {arm.quantize_cpu_s:.0f} |"
+                f"{arm.effective_bits:.2f} | {arm.frames} | "
+                f"{'-' if arm.quantize_cpu_s is None else round(arm.quantize_cpu_s)} |"
             )
     return "\n".join(lines)
 
