@@ -52,29 +52,29 @@ def export_tensorrt(
     statistics: Mapping[str, SiteStatistics],
     output: Path,
     *,
+    graphs: Mapping[str, ir.Model] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Manifest:
     """Write the engine of a loaded policy for ``plan`` to ``output``, whole or not at all.
 
-    ``statistics`` are of the inputs of the sites that `static_sites` names. Raises `QuantVLAError`
-    for a graph that the target's TensorRT does not read.
+    ``statistics`` are of the inputs of the sites that `static_sites` names; ``graphs`` from
+    `marked_graphs` of the same policy, made here if absent. Raises `QuantVLAError` for a graph that
+    the target's TensorRT does not read.
     """
     loaded = source.loaded
     sites = _target_sites(loaded, plan, statistics)
-    marked: dict[str, nn.Module] = {
-        site.name: SiteMark(site.name, site.out_features) for site in loaded.used_sites
-    }
+    graphs = marked_graphs(loaded, progress) if graphs is None else graphs
     formats: list[SiteFormat] = []
     specs: list[StageSpec] = []
     with atomic_directory(output, overwrite=overwrite) as directory:
-        with replaced(loaded.policy, marked):
-            for index, stage in enumerate(loaded.stages):
-                progress(f"exporting {stage.name}", index, len(loaded.stages))
-                spec, placed = _write_stage(directory, loaded, stage, sites, plan)
-                specs.append(spec)
-                formats += _formats(placed, stage.name, plan)
-        progress("exporting", len(loaded.stages), len(loaded.stages))
+        for index, stage in enumerate(loaded.stages):
+            progress("lowering", index, len(loaded.stages))
+            model = graphs[stage.name].clone()
+            spec, placed = _write_stage(directory, loaded, stage, model, sites, plan)
+            specs.append(spec)
+            formats += _formats(placed, stage.name, plan)
+        progress("lowering", len(loaded.stages), len(loaded.stages))
         _require_all(sites, formats)
         board = board_named(plan.board)
         content = SiteFormats(
@@ -88,6 +88,20 @@ def export_tensorrt(
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest
+
+
+def marked_graphs(loaded: LoadedPolicy, progress: Progress) -> dict[str, ir.Model]:
+    """Return every stage's graph with its linears as marks, the same for all number formats."""
+    marked: dict[str, nn.Module] = {
+        site.name: SiteMark(site.name, site.out_features) for site in loaded.used_sites
+    }
+    graphs = {}
+    with replaced(loaded.policy, marked):
+        for index, stage in enumerate(loaded.stages):
+            progress(f"exporting {stage.name}", index, len(loaded.stages))
+            graphs[stage.name] = export_graph(stage)
+    progress("exporting", len(loaded.stages), len(loaded.stages))
+    return graphs
 
 
 def static_sites(plan: TargetPlan) -> tuple[str, ...]:
@@ -157,10 +171,10 @@ def _write_stage(
     directory: Path,
     loaded: LoadedPolicy,
     stage: Stage,
+    model: ir.Model,
     sites: Mapping[str, TargetSite],
     plan: TargetPlan,
 ) -> tuple[StageSpec, tuple[PlacedSite, ...]]:
-    model = export_graph(stage)
     between = _between(loaded) if plan.activations == "fp16" else frozenset()
     sampler = loaded.interface.sampler
     outputs = _halved(stage.outputs, between)

@@ -19,6 +19,7 @@ from quantvla.runtime.manifest import StageSpec, TensorSpec
 from quantvla.statistics import SiteStatistics, observe
 
 TOKENS, WIDTH, HEADS, HIDDEN = 12, 64, 4, 128
+CALLS = 64
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -80,8 +81,8 @@ def statistics(stage: Stage) -> dict[str, SiteStatistics]:
     found = {
         name: SiteStatistics.empty(stage.module.get_submodule(name).in_features) for name in SITES
     }
-    with observe(stage.module, found), torch.no_grad():
-        for seed in range(64):
+    with observe(stage.module, found, dict.fromkeys(SITES, CALLS)), torch.no_grad():
+        for seed in range(CALLS):
             stage.module(*example(seed))
     return found
 

@@ -157,7 +157,7 @@ def test_smoothing_beats_one_plain_scale_where_a_channel_is_loud() -> None:
     x[:, 5] *= 60
     weight = torch.randn(16, 32, generator=generator)
     seen = SiteStatistics.empty(32)
-    seen.add_(x)
+    seen.add_(x, 1)
     chosen = static_input("site", weight, seen, "int8")
     assert chosen.exponent is not None
 
