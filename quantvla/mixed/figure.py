@@ -66,6 +66,7 @@ def _frontier(axes: Axes, plan: MixedPlan) -> None:
     else:  # a choice that keeps everything float has no error
         axes.set_yscale("symlog", linthresh=0.05)
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("action error, nrmse in %")
     axes.set_xlabel(
         "weights and scales of the sites on offer, MiB" if by_bytes else "kernel time of the sites on offer, ms a chunk"

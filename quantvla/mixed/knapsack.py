@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -129,14 +133,30 @@ def _programme(items: Items, limits: NDArray[np.float64]) -> list[int] | None:
     low = np.concatenate([ones, np.full(len(limits), -np.inf)])
     high = np.concatenate([ones, limits / scale])
     values = np.array([option.value for option in flat])
-    result = milp(
-        values * (_VALUE_RANGE / max(float(np.abs(values).max()), 1e-300)),
-        constraints=LinearConstraint(rows, low, high),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _stdout_to_stderr():
+        result = milp(
+            values * (_VALUE_RANGE / max(float(np.abs(values).max()), 1e-300)),
+            constraints=LinearConstraint(rows, low, high),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     edges = np.concatenate([[0], np.cumsum(counts)])
     return [int(np.argmax(result.x[a:b])) for a, b in pairwise(edges)]
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what native code prints on stdout to stderr: HiGHS prints remarks that `disp=False` leaves in."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ctypes
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import milp
 
+from quantvla.mixed import knapsack
 from quantvla.mixed.knapsack import Budget, Option, largest, smallest, solve, total
 from quantvla.runtime.errors import QuantVLAError
 
@@ -94,3 +98,17 @@ def test_no_budget_takes_the_best_value_of_every_item() -> None:
     items = instance(1)
     found = solve(items, [])
     assert found.value == sum(min(option.value for option in options) for options in items)
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        ctypes.CDLL(None).printf(b"a remark\n")
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr(knapsack, "milp", talkative)
+    solve(instance(0), [])
+    print("result")
+    captured = capfd.readouterr()
+    assert captured.out == "result\n" and captured.err == "a remark\n"
