@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from arm_result import ArmRecord, Bed
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from sweep import Sweep
 
+from quantvla.report.comparison import plain_log_ticks
 from quantvla.report.render import render_png
 
 _BED_COLOURS = {"reference": "#3b82c4", "hard": "#e07b28"}
@@ -34,21 +35,28 @@ def sweep_png(sweep: Sweep) -> bytes:
 def _size_figure(records: Sequence[ArmRecord]) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for record in records:
-        if record.size is None or record.compared is None or record.compared.result is None:
-            continue
-        x = record.size.linear_bytes / 1e6
-        y = 100 * record.compared.result.error.nrmse
-        axes.plot(x, y, "o", color=_GREY if record.simulated else "#3b82c4", fillstyle="none" if record.simulated else "full")  # fmt: skip
-        axes.annotate(record.arm, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    for dots in _neighbours(records):
+        for x, y, arm in dots:
+            axes.plot(x, y, "o", color=_GREY if arm.simulated else "#3b82c4", fillstyle="none" if arm.simulated else "full")  # fmt: skip
+        names = ", ".join(arm.arm for _, _, arm in dots)
+        axes.annotate(names, dots[0][:2], xytext=(5, -2), textcoords="offset points", fontsize=7)
     axes.set_yscale("log")
-    for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_format(LogFormatter(minor_thresholds=(2, 0.5)))
-    axes.margins(x=0.15)
+    plain_log_ticks(axes.yaxis)
+    axes.margins(x=0.3)
     axes.set_xlabel("all linears, MB, scales counted (float ones in half precision)")
     axes.set_ylabel("paired action error, relative RMS, %")
     axes.grid(which="both", alpha=0.5)
     return figure
+
+
+def _neighbours(records: Sequence[ArmRecord]) -> list[list[tuple[float, float, ArmRecord]]]:
+    """Return (MB, error in percent, arm), with those that are too close for two labels in one group."""
+    groups: dict[tuple[float, int], list[tuple[float, float, ArmRecord]]] = {}
+    for record in records:
+        if record.size is not None and record.compared is not None and record.compared.result:
+            x, y = record.size.linear_bytes / 1e6, 100 * record.compared.result.error.nrmse
+            groups.setdefault((round(x, 1), round(math.log(y) / 0.06)), []).append((x, y, record))
+    return list(groups.values())
 
 
 def _beds_figure(records: Sequence[ArmRecord]) -> Figure:

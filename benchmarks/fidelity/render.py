@@ -275,18 +275,19 @@ def page(
 
 
 def _loop_section(records: Sequence[ArmRecord], sweep: Sweep | None) -> str:
-    text = _LOOP + "\n### Reference tasks\n\n" + table(records, loop_columns(records, "reference"))
+    """Return the section on closed loop; an arm is in the table of a bed that it ran on."""
+    parts = [_LOOP]
+    on = {bed: [r for r in records if bed in r.beds] for bed in ("reference", "hard")}
+    if on["reference"]:
+        parts.append("### Reference tasks")
+        parts.append(table(on["reference"], loop_columns(on["reference"], "reference")))
     if sweep is not None:
-        text += "\n\n### Harder tasks\n\n" + describe_bed(sweep) + "\n\n"
-        text += table(records, loop_columns(records, "hard"))
-        text += "\n\n![sweep](fidelity/sweep.png)"
-    rates = [
-        b.episodes_per_minute for r in records for b in r.beds.values() if b.episodes_per_minute
-    ]
-    text += "\n\n![closed loop](fidelity/closed_loop.png)"
-    if rates:
-        text += f"\n\nThe engines ran {min(rates):.0f} to {max(rates):.0f} episodes a minute."
-    return text
+        parts += ["### Harder tasks", describe_bed(sweep)]
+        if on["hard"]:
+            parts.append(table(on["hard"], loop_columns(on["hard"], "hard")))
+        parts.append("![sweep](fidelity/sweep.png)")
+    parts.append("![closed loop](fidelity/closed_loop.png)")
+    return "\n\n".join(part.strip() for part in parts)
 
 
 def describe_bed(sweep: Sweep) -> str:

@@ -6,19 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from quantvla.fidelity.compare import ArmComparison, Comparison
 from quantvla.fidelity.distribution import distances
 from quantvla.report.render import render_png
 
 SIGNIFICANT = 0.05
+WIDE = 5.0
+"""Values that differ by more are drawn on a logarithmic axis."""
 SMOOTH_SPAN = 0.05
 """The smoothness axis shows at least this much on both sides of 1, so that nothing is not drawn large."""
 _COLOURS = (
     "#3b82c4", "#e07b28", "#3a9e6e", "#a765b8", "#c94f4f", "#7a6a53",
-    "#d07fb0", "#6f7d8c", "#a8a02b", "#37a6b8",
+    "#d07fb0", "#6f7d8c", "#a8a02b", "#37a6b8", "#1f4e79", "#9c5518",
 )  # fmt: skip
 _DISTANCE_COLOURS = ("#3b82c4", "#e07b28", "#3a9e6e")
 
@@ -57,7 +60,13 @@ def _draw_error(axes: Axes, result: Comparison) -> None:
         highest = 100 * max(arm.error.nrmse, *arm.error.nrmse_per_dimension)
         axes.text(highest, row, f"   {100 * arm.error.nrmse:.2f} %", fontsize=7, va="center")
     _arm_rows(axes, result)
-    axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
+    errors = [100 * arm.error.nrmse for arm in result.arms.values()]
+    if min(errors) > 0 and max(errors) > WIDE * min(errors):
+        axes.set_xscale("log")
+        plain_log_ticks(axes.xaxis)
+        axes.set_xlim(min(errors) / 4, 2 * axes.get_xlim()[1])
+    else:
+        axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_xlabel("paired action error, relative RMS, % (marks: by dimension)")
     axes.legend(fontsize=7, frameon=False, loc="lower right")
 
@@ -79,6 +88,10 @@ def _draw_ratio(axes: Axes, result: Comparison) -> None:
     axes.axvline(1, color="#8c8c8c", linewidth=1)
     _arm_rows(axes, result)
     axes.margins(x=0.25)
+    if max(d.ratio for arm in result.arms.values() for _, d in distances(arm.distribution)) > WIDE:
+        axes.set_xscale("log")
+        plain_log_ticks(axes.xaxis)
+        axes.margins(x=0.12)
     axes.set_xlabel(f"distance / float-versus-float floor (filled: p < {SIGNIFICANT})")
     axes.legend(fontsize=7, frameon=False, loc="best")
 
@@ -95,8 +108,7 @@ def _draw_velocity(axes: Axes, result: Comparison) -> None:
     axes.set_ylabel("velocity error, relative RMS, %")
     if max(max(arm.velocity_free_running) for arm in result.arms.values()) > 0:
         axes.set_yscale("log")
-        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis_format(LogFormatter(minor_thresholds=(2, 0.5)))
+        plain_log_ticks(axes.yaxis)
     axes.grid(axis="y")
     axes.legend(fontsize=7, frameon=False, ncols=2)
 
@@ -116,6 +128,13 @@ def _draw_smoothness(axes: Axes, result: Comparison) -> None:
     axes.set_xlim(min(low, 1 - SMOOTH_SPAN), max(high, 1 + SMOOTH_SPAN))
     axes.set_xlabel("over the reference's (1: as smooth)")
     axes.legend(fontsize=7, frameon=False, loc="best")
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers: 0.5, 1, 2, 5, 10."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _arm_rows(axes: Axes, result: Comparison) -> None:
