@@ -79,7 +79,7 @@ def _beds_figure(records: Sequence[ArmRecord]) -> Figure:
         if first is not None:
             axes.axvline(_rates(first)[0], color=colour, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(rows)), [record.arm for record in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("success, % (dotted: the float policy)")
     axes.grid(axis="x")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
