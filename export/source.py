@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from msgspec import structs
-
-from quantvla.calib_sets import RobotSpec
 from quantvla.checkpoint import is_quantized, load_quantized
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
@@ -32,7 +29,6 @@ def load_source(checkpoint: Path) -> SourcePolicy:
     """Load a LeRobot checkpoint (float) or a quantized one (integer linears in place)."""
     if is_quantized(checkpoint):
         loaded, card = load_quantized(checkpoint)
-        loaded = with_names(loaded, card.calibration.robot)
         origin = Source(
             checkpoint_sha256=card.source_sha256, policy_type=loaded.family,
             calibration_sha256=card.calibration.sha256,
@@ -45,14 +41,3 @@ def load_source(checkpoint: Path) -> SourcePolicy:
         calibration_sha256=None,
     )
     return SourcePolicy(loaded, FLOAT_RECIPE, None, origin)
-
-
-def with_names(loaded: LoadedPolicy, robot: RobotSpec) -> LoadedPolicy:
-    """Return the policy with the names of its state and action entries, which a checkpoint lacks and a robot has."""
-    interface = loaded.interface
-    state, action = interface.state, interface.action
-    if not state.names and robot.state.dim == state.dim:
-        state = structs.replace(state, names=robot.state.names)
-    if not action.names and robot.action is not None and robot.action.dim == action.dim:
-        action = structs.replace(action, names=robot.action.names)
-    return replace(loaded, interface=replace(interface, state=state, action=action))

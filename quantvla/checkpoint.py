@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import torch
+from msgspec import structs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -194,7 +196,18 @@ def load_quantized(directory: Path) -> tuple[LoadedPolicy, CheckpointCard]:
     loaded = load_policy(directory / POLICY, absent)
     FloatWeights(loaded.policy).load_(read_added(directory))
     install_(loaded.policy, read_weights(directory, card.plan))
-    return loaded, card
+    return with_names(loaded, card.calibration.robot), card
+
+
+def with_names(loaded: LoadedPolicy, robot: RobotSpec) -> LoadedPolicy:
+    """Return the policy with the names of its state and action entries, which a checkpoint lacks and a robot has."""
+    interface = loaded.interface
+    state, action = interface.state, interface.action
+    if not state.names and robot.state.dim == state.dim:
+        state = structs.replace(state, names=robot.state.names)
+    if not action.names and robot.action is not None and robot.action.dim == action.dim:
+        action = structs.replace(action, names=robot.action.names)
+    return replace(loaded, interface=replace(interface, state=state, action=action))
 
 
 def install_(policy: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:

@@ -11,10 +11,9 @@ import torch
 from msgspec import structs
 from random_observations import random_observation
 
-from quantvla.checkpoint import load_quantized
+from quantvla.checkpoint import load_quantized, with_names
 from quantvla.export.engine import export_engine
 from quantvla.export.integers import integer_sites
-from quantvla.export.source import with_names
 from quantvla.float_policy import FloatPolicy
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_tree

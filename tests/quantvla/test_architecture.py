@@ -31,7 +31,6 @@ LAYERS = {
         "quantvla.export",
         "quantvla.runtime",
         "quantvla.activation_scales",
-        "quantvla.calib_sets",
         "quantvla.plan",
         "quantvla.roofline",
         "quantvla.statistics",
