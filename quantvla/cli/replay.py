@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from quantvla.cli import options
@@ -48,13 +49,17 @@ def _print(report: ReplayReport) -> None:
     for same, what in ((report.same_engine, "engine"), (report.same_versions, "library versions")):
         if not same:
             console.print(f"[yellow]not the recorded {what}[/]")
+    if not report.complete:
+        console.print("[yellow]the trace was cut before the end of its run[/]")
     different = [one for one in report.inferences if not one.identical]
     if different:
         table = Table(title=f"first {min(len(different), _ROWS)} of {len(different)} that differ")
         for column in ("inference", "tick", "largest difference"):
             table.add_column(column, justify="right")
         for one in different[:_ROWS]:
-            size = "failed once" if one.max_abs is None else f"{one.max_abs:.3e}"
+            size = "no such chunk recorded" if one.max_abs is None else f"{one.max_abs:.3e}"
+            if one.error is not None:
+                size = f"fails now: {escape(one.error)}"
             table.add_row(str(one.index), str(one.tick), size)
         console.print(table)
     console.print("[green]pass[/]" if report.passed else "[red]different[/]")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+import logging
 import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from quantvla.runtime.manifest import Manifest
 from quantvla.runtime.preprocess import Observation
 
 _CAMERA_PREFIX = "observation.images."
+_logger = logging.getLogger(__name__)
 
 
 class LeRobotDevice(Protocol):
@@ -37,6 +38,10 @@ class LeRobotDevice(Protocol):
 
     def send_action(self, action: dict[str, float]) -> Any:
         """Send targets by name."""
+        ...
+
+    def disconnect(self) -> None:
+        """Free the ports."""
         ...
 
 
@@ -99,11 +104,14 @@ class LeRobotAdapter:
             self._device.send_action(target)
 
     def close(self) -> None:
-        """Disconnect; what that does to the torque is the robot's configuration."""
-        disconnect = getattr(self._device, "disconnect", None)
-        if disconnect is not None:
-            with contextlib.suppress(Exception):  # not connected any more
-                disconnect()
+        """Disconnect; what that does to the torque is the robot's configuration.
+
+        A driver that refuses is a warning and no error: the run is over and its report must be seen.
+        """
+        try:
+            self._device.disconnect()
+        except Exception as error:  # drivers raise whatever they like
+            _logger.warning("the robot could not be disconnected, check its torque: %s", error)
 
 
 def connect(kind: str, options: Mapping[str, Any]) -> LeRobotDevice:
@@ -123,11 +131,15 @@ def connect(kind: str, options: Mapping[str, Any]) -> LeRobotDevice:
             remedy="install it here, or write a robot of kind 'python'",
         ) from error
     register_third_party_plugins()
-    _register_types()
+    left_out = _register_types()
+    missing = f"; without their drivers: {', '.join(left_out)}" if left_out else ""
     known = RobotConfig.get_known_choices()
     if kind not in known:
         raise explain(
-            "robot type", "unknown to lerobot", got=repr(kind), remedy=nearest(kind, known)
+            "robot type",
+            "unknown to lerobot",
+            got=repr(kind),
+            remedy=nearest(kind, known) + missing,
         )
     try:
         config = draccus.decode(RobotConfig, {"type": kind, **options})
@@ -135,19 +147,30 @@ def connect(kind: str, options: Mapping[str, Any]) -> LeRobotDevice:
         device.connect()
     except Exception as error:  # drivers raise whatever they like
         raise explain(
-            f"robot {kind!r}", "cannot be connected", got=error, remedy="check robot.options"
+            f"robot {kind!r}",
+            "cannot be connected",
+            got=error,
+            remedy="check robot.options" + missing,
         ) from error
     connected: LeRobotDevice = device
     return connected
 
 
-def _register_types() -> None:
-    """Import lerobot's robot and camera packages, which register their types; those without their driver are left out."""
+def _register_types() -> list[str]:
+    """Import lerobot's robot and camera packages, which register their types.
+
+    Returns those that are left out because a library is missing, with its error.
+    """
+    left_out = []
     for parent in ("lerobot.robots", "lerobot.cameras"):
         for module in pkgutil.iter_modules(importlib.import_module(parent).__path__):
             if module.ispkg:
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(f"{parent}.{module.name}")
+                name = f"{parent}.{module.name}"
+                try:
+                    importlib.import_module(name)
+                except ImportError as error:
+                    left_out.append(f"{name} ({error})")
+    return left_out
 
 
 def _check_vector(what: str, found: tuple[str, ...], dim: int, names: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,31 +9,39 @@ import numpy as np
 
 from quantvla.runtime.control.spec import build_strategy
 from quantvla.runtime.control.strategy import Request, Strategy
-from quantvla.runtime.control.trace import InferenceRecord
+from quantvla.runtime.control.trace import EndRecord, InferenceRecord
 from quantvla.runtime.control.trace_reader import load_observation, read_header, read_records
-from quantvla.runtime.errors import QuantVLAError, explain
+from quantvla.runtime.control.worker import infer
+from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file
 from quantvla.runtime.manifest import MANIFEST_FILE
 from quantvla.runtime.policy import Policy
 
 
 class ReplayedInference(msgspec.Struct, frozen=True, kw_only=True):
-    """One inference again: ``max_abs`` difference of the actions, physical units; None where both failed alike."""
+    """One inference again: ``max_abs`` difference of the actions, physical units; None unless both gave a chunk.
+
+    ``error``: why there is no chunk now.
+    """
 
     index: int
     tick: int
     identical: bool
     max_abs: float | None
-    latency_ms: float
+    error: str | None
 
 
 class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replay found. ``same_engine``: the manifest is the recorded one, bit for bit."""
+    """What a replay found. ``same_engine``: the manifest is the recorded one, bit for bit.
+
+    ``complete``: the trace goes to the end of its run.
+    """
 
     trace: str
     engine: str
     same_engine: bool
     same_versions: bool
+    complete: bool
     tolerance: float
     inferences: tuple[ReplayedInference, ...]
 
@@ -68,7 +75,7 @@ def replay(
     directory = Path(header.engine) if engine is None else engine
     with Policy.from_pretrained(directory, threads=threads or header.threads) as policy:
         strategy = build_strategy(header.strategy, policy)
-        found = tuple(_replayed(path, strategy, policy.manifest.action.dim))
+        found, complete = _replayed(path, strategy, policy.manifest.action.dim)
         versions = policy.versions
     if not found:
         raise explain(path, "holds no inference", remedy="record a longer run")
@@ -77,15 +84,22 @@ def replay(
         engine=str(directory),
         same_engine=sha256_file(directory / MANIFEST_FILE) == header.manifest_sha256,
         same_versions=versions == header.versions,
+        complete=complete,
         tolerance=tolerance,
         inferences=found,
     )
 
 
-def _replayed(path: Path, strategy: Strategy, dim: int) -> Iterator[ReplayedInference]:
+def _replayed(
+    path: Path, strategy: Strategy, dim: int
+) -> tuple[tuple[ReplayedInference, ...], bool]:
+    """Return every inference again, and whether the trace has its last record."""
+    found, complete = [], False
     for record in read_records(path):
         if isinstance(record, InferenceRecord):
-            yield _again(record, strategy, load_observation(path, record), dim)
+            found.append(_again(record, strategy, load_observation(path, record), dim))
+        complete = isinstance(record, EndRecord)
+    return tuple(found), complete
 
 
 def _again(
@@ -99,13 +113,9 @@ def _again(
         delay_ticks=record.delay_ticks,
         seed=record.seed,
     )
-    failed, chunk = False, None
-    try:
-        chunk = strategy.predict(request)
-    except QuantVLAError:
-        failed = True
+    chunk, error = infer(strategy.predict, request)
     recorded = None if record.chunk is None else np.array(record.chunk, np.float32)
-    same = failed and recorded is None
+    same = chunk is None and recorded is None
     difference = None
     if chunk is not None and recorded is not None and chunk.shape == recorded.shape:
         same = bool(np.array_equal(chunk, recorded))
@@ -115,5 +125,5 @@ def _again(
         tick=record.tick,
         identical=same,
         max_abs=difference,
-        latency_ms=record.latency_ms,
+        error=None if error is None else str(error),
     )

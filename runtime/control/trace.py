@@ -158,8 +158,8 @@ class TraceWriter:
         for stream in (self._lines, self._arrays):
             try:
                 stream.close()
-            except OSError:
-                self._broken = True
+            except OSError as error:  # a network file system may refuse what it took before
+                self._fail(error)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -169,9 +169,13 @@ class TraceWriter:
             try:
                 self._write(*item)
             except Exception as error:  # a full disk, or an observation that cannot be stored
-                self._broken = True
-                self._lost += 1
-                _logger.error("%s: the trace is incomplete from here on: %s", self.path, error)
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Count a lost record and write nothing more."""
+        self._broken = True
+        self._lost += 1
+        _logger.error("%s: the trace is incomplete from here on: %s", self.path, error)
 
     def _write(self, record: Record, observation: Mapping[str, object] | None) -> None:
         if isinstance(record, InferenceRecord) and observation is not None:

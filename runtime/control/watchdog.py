@@ -89,7 +89,8 @@ class Watchdog:
         _logger.error("%s; stopping the robot", why)
         try:
             self._stop()
-        except Exception:
+        except Exception as error:  # whatever a driver raises; the loop tries once more at its end
+            self.tripped = f"{why}; its stop failed: {error}"
             _logger.exception("the robot's stop failed")
 
     def _beat(self) -> None:

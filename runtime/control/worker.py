@@ -71,12 +71,7 @@ class ThreadWorker:
 
     def poll(self, tick: int) -> Inference | None:
         """Return the finished request, None if there is none yet."""
-        try:
-            result = self._results.get_nowait()
-        except queue.Empty:
-            return None
-        self.busy = False
-        return result
+        return self.wait(0.0)
 
     def wait(self, timeout_s: float) -> Inference | None:
         """Return the finished request, None after ``timeout_s``."""
@@ -95,7 +90,7 @@ class ThreadWorker:
     def _run(self) -> None:
         while (request := self._requests.get()) is not None:
             start_s = self._clock.now()
-            chunk, error = _infer(self._predict, request)
+            chunk, error = infer(self._predict, request)
             self._results.put(Inference(request, chunk, error, self._clock.now() - start_s))
 
 
@@ -113,7 +108,7 @@ class DelayedWorker:
 
     def submit(self, request: Request) -> None:
         """Compute a request."""
-        self._result = Inference(request, *_infer(self._predict, request), 0.0)
+        self._result = Inference(request, *infer(self._predict, request), 0.0)
 
     def poll(self, tick: int) -> Inference | None:
         """Return the result from its tick on."""
@@ -130,7 +125,8 @@ class DelayedWorker:
         """Do nothing."""
 
 
-def _infer(predict: Predict, request: Request) -> tuple[FloatArray | None, Exception | None]:
+def infer(predict: Predict, request: Request) -> tuple[FloatArray | None, Exception | None]:
+    """Return the chunk of a request, or the error that came instead."""
     try:
         return predict(request), None
     except Exception as error:  # whatever the engine raises must not end the control loop

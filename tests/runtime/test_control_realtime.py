@@ -15,7 +15,7 @@ from fake_robot import FakeRobot, RampPolicy, make_limits
 from quantvla.runtime.control.guard import MotionGuard
 from quantvla.runtime.control.loop import ControlLoop, LoopOptions
 from quantvla.runtime.control.strategy import Asynchronous, Synchronous
-from quantvla.runtime.control.watchdog import WatchdogOptions
+from quantvla.runtime.control.watchdog import Watchdog, WatchdogOptions
 
 RATE_HZ = 50.0
 
@@ -66,6 +66,18 @@ def test_robot_act_that_blocks_trips_the_watchdog_and_nothing_is_sent_after() ->
     assert report.failed and report.stop_cause == "robot act has not returned for 0.2 s"
     assert len(robot.actions) == 6, "only the command that was stuck came through"
     assert robot.stops == 2  # from the watchdog at once, and at the end
+
+
+def test_a_stop_that_fails_in_the_watchdog_is_part_of_the_cause() -> None:
+    def stop() -> None:
+        raise OSError("no bus")
+
+    watchdog = Watchdog(stop, WatchdogOptions(robot_s=0.02))
+    end_s = time.monotonic() + 20.0
+    with watchdog.watching(), watchdog.call("act"):
+        while "no bus" not in (watchdog.tripped or "") and time.monotonic() < end_s:
+            time.sleep(0.01)
+    assert watchdog.tripped == "robot act has not returned for 0.02 s; its stop failed: no bus"
 
 
 def test_inference_that_hangs_holds_and_then_stops() -> None:

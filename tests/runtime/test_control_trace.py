@@ -92,7 +92,7 @@ def record(pristine_engine: Path, tmp_path: Path) -> Callable[..., tuple[Path, S
 def test_a_trace_replays_bit_for_bit(record: Callable[..., Any], kind: Any) -> None:
     path, _ = record(StrategySpec(kind=kind, execute=2))
     report = replay(path)
-    assert report.passed and report.same_engine and report.same_versions
+    assert report.passed and report.same_engine and report.same_versions and report.complete
     assert report.identical == len(report.inferences) > 5
 
 
@@ -140,10 +140,24 @@ def test_an_engine_that_failed_is_replayed_as_failing(record: Callable[..., Any]
     assert not report.passed and [i.index for i in report.inferences if not i.identical] == [1]
 
 
+def test_an_engine_that_fails_only_now_says_why(
+    record: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = record(StrategySpec(kind="async", execute=2))
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Policy, "predict_action_chunk", fail)
+    report = replay(path)
+    assert not report.passed and {one.error for one in report.inferences} == {"no memory"}
+
+
 def test_a_trace_cut_by_a_kill_is_read_up_to_there(record: Callable[..., Any]) -> None:
     path, _ = record(StrategySpec(kind="async", execute=2))
     path.write_bytes(path.read_bytes()[:-200])
-    assert replay(path).passed
+    report = replay(path)
+    assert report.passed and not report.complete
 
 
 def test_files_that_are_no_trace(record: Callable[..., Any], tmp_path: Path) -> None:
@@ -208,6 +222,25 @@ def test_a_disk_that_hangs_loses_records_and_not_ticks(tmp_path: Path, monkeypat
     assert trace.lost() >= 85
     gate.set()
     trace.close()
+
+
+def test_a_file_that_cannot_be_closed_counts_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = Header(
+        engine="e", manifest_sha256="", threads=1, versions={}, strategy=None,
+        rate_hz=10.0, joints=(), started="now",
+    )  # fmt: skip
+    trace = TraceWriter(tmp_path / "trace.jsonl", header)
+
+    class Refusing:
+        def close(self) -> None:
+            raise OSError("quota")
+
+    trace._arrays.close()
+    monkeypatch.setattr(trace, "_arrays", Refusing())
+    trace.close()
+    assert trace.lost() == 1 and "incomplete from here on: quota" in caplog.text
 
 
 def test_own_strategies_cannot_be_replayed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_engine import HEIGHT, WIDTH, make_manifest
 
+from quantvla.robots import lerobot_robot
 from quantvla.robots.lerobot_robot import LeRobotAdapter, connect
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.manifest import Manifest
@@ -98,6 +100,29 @@ def test_another_robot_is_refused(manifest: Manifest) -> None:
     )
     with pytest.raises(QuantVLAError, match="robot action: the policy has 3 entries, got 2"):
         LeRobotAdapter(FakeArm(), longer, task="pick")
+
+
+def test_a_driver_that_cannot_be_closed_is_a_warning(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(arm: FakeArm) -> None:
+        raise ConnectionError("port is gone")
+
+    monkeypatch.setattr(FakeArm, "disconnect", fail)
+    LeRobotAdapter(FakeArm(), manifest, task="pick").close()
+    assert "could not be disconnected, check its torque: port is gone" in caplog.text
+
+
+def test_robots_without_their_driver_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if name == "lerobot.robots.an_arm":
+            raise ImportError("No module named 'motor'")
+        return SimpleNamespace(__path__=[])
+
+    folder = SimpleNamespace(ispkg=True, name="an_arm")
+    monkeypatch.setattr(lerobot_robot.importlib, "import_module", load)
+    monkeypatch.setattr(lerobot_robot.pkgutil, "iter_modules", lambda path: [folder])
+    assert lerobot_robot._register_types() == ["lerobot.robots.an_arm (No module named 'motor')"]
 
 
 @pytest.mark.slow
