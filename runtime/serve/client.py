@@ -150,7 +150,7 @@ class PolicyClient:
                 connection.send(data)
                 reply = connection.recv(timeout=max(deadline - time.monotonic(), 0.001))
             except (ConnectionClosed, OSError, TimeoutError) as error:
-                self._drop()  # a late answer to this request must not be taken for the next one's
+                self.close()  # a late answer to this request must not be taken for the next one's
                 if isinstance(error, TimeoutError):
                     raise self._unreachable(error) from error
                 if _is_final(error):
@@ -248,11 +248,6 @@ class PolicyClient:
                 remedy="check the server's log",
             )
         return actions.astype(np.float32)
-
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
 
     def _refused(self, error: InvalidStatus) -> QuantVLAError:
         body = (error.response.body or b"").decode(errors="replace").strip()

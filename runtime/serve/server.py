@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import msgspec
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 from websockets.frames import CloseCode
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
@@ -193,8 +193,10 @@ class PolicyServer:
             await self._converse(connection)
             if self._draining:
                 await connection.close(CloseCode.GOING_AWAY, "server is stopping")
-        except ConnectionClosed:
-            pass
+        except ConnectionClosed as closed:
+            expected = isinstance(closed, ConnectionClosedOK)
+            level = logging.INFO if expected else logging.WARNING
+            _logger.log(level, "%s left: %s", _name(connection), closed)
         except asyncio.CancelledError:
             await connection.close(CloseCode.GOING_AWAY, "server is stopping")
 
@@ -210,7 +212,7 @@ class PolicyServer:
                 message = wire.decode(data)
             except QuantVLAError as error:
                 await connection.send(self._refuse("malformed", str(error)))
-                await connection.close(CloseCode.INVALID_DATA, "malformed message")
+                await _turn_out(connection, CloseCode.INVALID_DATA, "malformed message")
                 return
             self._under_way += 1
             try:
@@ -224,7 +226,7 @@ class PolicyServer:
         stream = connection.recv_streaming()
         first = await stream.__anext__()
         if isinstance(first, str):
-            await connection.close(CloseCode.UNSUPPORTED_DATA, "send binary msgpack frames")
+            await _turn_out(connection, CloseCode.UNSUPPORTED_DATA, "send binary msgpack frames")
             return None
 
         async def rest() -> bytes:
@@ -233,7 +235,7 @@ class PolicyServer:
         try:
             data = await asyncio.wait_for(rest(), self._limits.receive_s)
         except asyncio.TimeoutError:
-            await connection.close(CloseCode.POLICY_VIOLATION, "message came too slowly")
+            await _turn_out(connection, CloseCode.POLICY_VIOLATION, "message came too slowly")
             return None
         self._metrics.received_bytes.inc(len(data))
         return data
@@ -271,6 +273,16 @@ class PolicyServer:
     def _refuse(self, outcome: str, text: str) -> str:
         self._metrics.requests.labels(outcome).inc()
         return text
+
+
+async def _turn_out(connection: ServerConnection, code: CloseCode, reason: str) -> None:
+    """Close on a client that does not keep to the protocol, and say so in the log."""
+    _logger.warning("%s is turned out: %s", _name(connection), reason)
+    await connection.close(code, reason)
+
+
+def _name(connection: ServerConnection) -> str:
+    return f"client {connection.remote_address}"
 
 
 def _timing(answer: Answer, previous_s: float | None) -> dict[str, float]:

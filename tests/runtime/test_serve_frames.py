@@ -64,10 +64,11 @@ def test_a_hundred_random_messages(served: Served) -> None:
             assert read_frame(sock)[0] == 1
 
 
-def test_text_frame(served: Served) -> None:
+def test_text_frame(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     with raw_websocket(served.port) as sock:
         sock.sendall(frame_head(4, opcode=1) + b"{  }")
         assert read_close(sock) == 1003
+    assert "is turned out: send binary msgpack frames" in caplog.text
 
 
 @pytest.mark.parametrize("length", [LIMIT + 1, 1 << 40])

@@ -244,7 +244,9 @@ def test_a_request_that_waited_too_long_gets_no_stale_actions(pristine_engine: P
         assert served.counted("quantvla_requests_total", outcome="stale") == 1
 
 
-def test_a_client_that_dies_while_it_waits_costs_no_inference(pristine_engine: Path) -> None:
+def test_a_client_that_dies_while_it_waits_costs_no_inference(
+    pristine_engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     gate = threading.Event()
     slow = SlowPolicy(pristine_engine, gate)
     with serving(pristine_engine, load=lambda: slow) as served, ThreadPoolExecutor() as pool:
@@ -262,6 +264,7 @@ def test_a_client_that_dies_while_it_waits_costs_no_inference(pristine_engine: P
         while served.counted("quantvla_requests_total", outcome="lost") < 1:
             pass
         assert slow.chunks == 1
+    assert "left: no close frame" in caplog.text
 
 
 class FailingPolicy(SlowPolicy):
