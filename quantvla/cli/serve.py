@@ -73,6 +73,12 @@ def serve(
         handlers=[RichHandler(console=console, show_path=False)],
     )
     if api_key_file is not None:
+        if api_key is not None:
+            raise explain(
+                "--api-key-file",
+                "is given besides --api-key or QUANTVLA_API_KEY",
+                remedy="give one key",
+            )
         api_key = read_key(api_key_file)
     access = Access(host, port, api_key, tls_cert, tls_key)
     access.ssl_context()
@@ -89,7 +95,7 @@ def serve(
         PolicyServer,
         manifest,
         partial(Policy.from_pretrained, engine, threads=threads),
-        RequestReader(manifest, dict(map(_pair, rename))),
+        RequestReader(manifest, _renames(rename)),
         access,
         limits,
         name=f"quantvla {__version__}",
@@ -113,6 +119,15 @@ async def _run(make: partial[PolicyServer], engine: Path, access: Access, consol
             console.print(f"{scheme}://{host}:{port}: loading {engine}", soft_wrap=True)
 
     await make().run(stop, listening)
+
+
+def _renames(given: tuple[str, ...]) -> dict[str, str]:
+    renames: dict[str, str] = {}
+    for theirs, ours in map(_pair, given):
+        if theirs in renames:
+            raise explain("--rename", "names a key twice", got=repr(theirs), remedy="name it once")
+        renames[theirs] = ours
+    return renames
 
 
 def _pair(text: str) -> tuple[str, str]:

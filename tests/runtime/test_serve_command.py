@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from served import KEY
-from tiny_engine import observation
+from tiny_engine import CAMERAS, observation
 
 from quantvla.cli.main import main
 from quantvla.runtime.policy import Policy
@@ -79,6 +79,14 @@ def test_a_signal_answers_what_is_under_way_and_ends_with_0(
         (["--api-key-file", "no-such-file"], "no-such-file: cannot be read as key"),
         (["--tls-cert", "cert.pem"], "TLS: needs a certificate and its key"),
         (["--tls-cert", "none.pem", "--tls-key", "none.pem"], "none.pem: cannot be used"),
+        (
+            ["--api-key", KEY, "--api-key-file", "key"],
+            "--api-key-file: is given besides --api-key or QUANTVLA_API_KEY; give one key",
+        ),
+        (
+            ["--rename", f"image={CAMERAS[0]}", "--rename", f"image={CAMERAS[1]}"],
+            "--rename: names a key twice, got 'image'",
+        ),
         (["--rename", "image"], "--rename: expected THEIRS=OURS, got 'image'"),
         (["--rename", "image=observation.images.frnt"], "did you mean 'observation.images.front'"),
         (["--max-clients", "0"], "--max-clients: must be positive, got 0"),
