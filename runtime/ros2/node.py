@@ -11,7 +11,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,30 +75,25 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load and warm up the engine, subscribe, and announce the trajectory; bad parameters fail."""
         try:
-            parameters = read_parameters({n: self.get_parameter(n).value for n in defaults()})
-            manifest = read_manifest(Path(parameters.engine))
-            topics = {c.key: self._topic(image_parameter(c.key)) for c in manifest.cameras}
-            wiring = wire(parameters, topics, manifest)
-            self.quantvla_joints = list(wiring.command_joints)
-            drive = Drive(parameters, manifest, wiring, self._publish, self._tell)
-        except QuantVLAError as error:
-            self._tell(str(error), True)
+            with self._telling():
+                self._set_up()
+        except QuantVLAError:
             return TransitionCallbackReturn.FAILURE
-        self.quantvla_drive = drive
-        self._connect(parameters, wiring, drive)
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Run the loop, now that the trajectory can be published."""
         result = super().on_activate(state)
         if result == TransitionCallbackReturn.SUCCESS and self.quantvla_drive is not None:
-            self.quantvla_drive.start()
+            with self._telling():
+                self.quantvla_drive.start()
         return result
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """End the loop, which stops the robot, while the trajectory can still be published."""
         if self.quantvla_drive is not None:
-            self.quantvla_drive.stop()
+            with self._telling():
+                self.quantvla_drive.stop()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -115,6 +111,26 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]
         self._tell("a transition failed", True)
         self._release()
         return super().on_error(state)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Log what is raised inside: rclpy makes an ERROR of it and drops the words."""
+        try:
+            yield
+        except Exception as error:
+            kind = "" if isinstance(error, QuantVLAError) else f"{type(error).__name__}: "
+            self._tell(f"{kind}{error}", True)
+            raise
+
+    def _set_up(self) -> None:
+        parameters = read_parameters({n: self.get_parameter(n).value for n in defaults()})
+        manifest = read_manifest(Path(parameters.engine))
+        topics = {c.key: self._topic(image_parameter(c.key)) for c in manifest.cameras}
+        wiring = wire(parameters, topics, manifest)
+        self.quantvla_joints = list(wiring.command_joints)
+        drive = Drive(parameters, manifest, wiring, self._publish, self._tell)
+        self.quantvla_drive = drive
+        self._connect(parameters, wiring, drive)
 
     def _topic(self, parameter: str) -> str:
         if not self.has_parameter(parameter):
@@ -167,8 +183,7 @@ class PolicyNode(LifecycleNode):  # type: ignore[misc]
         point = JointTrajectoryPoint()
         point.positions = list(command.positions)
         point.velocities = list(command.velocities or ())
-        seconds = int(command.seconds)
-        nanoseconds = round((command.seconds - seconds) * 1e9)
+        seconds, nanoseconds = divmod(round(command.seconds * 1e9), 10**9)
         point.time_from_start = Duration(sec=seconds, nanosec=nanoseconds)
         trajectory = JointTrajectory()  # a stamp of zero: start at once
         trajectory.joint_names = self.quantvla_joints

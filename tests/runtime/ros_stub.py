@@ -231,7 +231,14 @@ class LifecycleNode:
         self, callback: Callable[[object], Any], before: tuple[str, ...], after: str
     ) -> TransitionCallbackReturn:
         assert self.state in before, f"no such transition from {self.state}"
-        result = callback(SimpleNamespace(label=self.state))
+        try:
+            result = callback(SimpleNamespace(label=self.state))
+        except AssertionError:  # of this stub
+            raise
+        except Exception:  # rclpy drops it (lifecycle/node.py, __execute_callback)
+            self.on_error(SimpleNamespace(label=self.state))
+            self.state = "unconfigured"
+            return TransitionCallbackReturn.ERROR
         assert isinstance(result, TransitionCallbackReturn)
         if result is TransitionCallbackReturn.SUCCESS:
             self.state = after

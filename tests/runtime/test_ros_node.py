@@ -192,6 +192,19 @@ def test_bad_parameters_fail_to_configure_in_words(
     assert match in error
 
 
+def test_what_a_transition_raises_is_in_the_log(
+    make_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("invalid topic name")
+
+    node = make_node()
+    monkeypatch.setattr(node, "create_subscription", refuse)
+    assert node.trigger_configure() is TransitionCallbackReturn.ERROR
+    assert ("error", "ValueError: invalid topic name") in node.logged
+    assert node.quantvla_drive is None and not node.publishers_
+
+
 def test_a_loop_that_ends_by_itself_says_why(make_node: Callable[..., Any]) -> None:
     node = make_node()
     node.trigger_configure()
