@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 
 from quantvla.runtime.errors import QuantVLAError, explain, nearest
 from quantvla.runtime.manifest import Manifest, read_manifest
+
+_logger = logging.getLogger(__name__)
 
 
 @PreTrainedConfig.register_subclass("quantvla")
@@ -29,9 +32,13 @@ class QuantVLAConfig(PreTrainedConfig):  # type: ignore[misc]
     push_to_hub: bool = False
 
     def __post_init__(self) -> None:
-        self.device = (
-            "cpu"  # lerobot's tensors stay there; the engine runs where it was compiled for
-        )
+        if self.device not in (None, "cpu"):
+            _logger.warning(
+                "--policy.device=%s has no effect: lerobot's tensors stay on the cpu, and the engine "
+                "runs where it was compiled for",
+                self.device,
+            )
+        self.device = "cpu"
         super().__post_init__()
         if self.engine is not None:
             manifest = read_manifest(Path(self.engine))

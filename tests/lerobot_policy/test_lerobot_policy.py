@@ -101,6 +101,14 @@ def test_a_batch_is_its_elements(lerobot_policy: Any, one_camera_engine: Path) -
             np.testing.assert_array_equal(chunk[index].numpy(), expected)
 
 
+def test_a_device_that_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    from quantvla.lerobot_policy.configuration_quantvla import QuantVLAConfig
+
+    assert QuantVLAConfig().device == "cpu" and not caplog.records
+    assert QuantVLAConfig(device="cuda").device == "cpu"
+    assert "--policy.device=cuda has no effect" in caplog.text
+
+
 def test_refusals(config: Any, lerobot_policy: Any, one_camera_engine: Path) -> None:
     from quantvla.lerobot_policy.configuration_quantvla import QuantVLAConfig
     from quantvla.lerobot_policy.modeling_quantvla import QuantVLAPolicy
