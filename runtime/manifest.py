@@ -205,6 +205,11 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     versions: dict[str, str]
     guidance: GuidanceSpec | None = None
 
+    @property
+    def observation_keys(self) -> frozenset[str]:
+        """The keys that an observation must have: cameras, state and task."""
+        return frozenset((*(c.key for c in self.cameras), self.state.key, self.task_key))
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the manifest as indented JSON."""

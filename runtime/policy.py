@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from quantvla.runtime.guidance import ActionPrefix, Guidance, make_guidance
 from quantvla.runtime.manifest import Manifest, check_files, read_manifest
 from quantvla.runtime.preprocess import Observation, Postprocessor, Preprocessor
 from quantvla.runtime.sampler import standard_noise
+from quantvla.runtime.stepping import SteppedPolicy
 from quantvla.runtime.wiring import check_wiring
 
 FloatArray = NDArray[np.float32]
@@ -42,7 +41,7 @@ class Prediction:
     tensors: dict[str, NDArray[Any]]
 
 
-class Policy:
+class Policy(SteppedPolicy):
     """Runs an engine directory. One object serves one robot: it is not meant for several threads.
 
     An observation maps each camera key of ``manifest.cameras`` to a (height, width, 3) uint8 RGB
@@ -54,6 +53,7 @@ class Policy:
     """
 
     def __init__(self, directory: Path, manifest: Manifest, engine: Engine) -> None:
+        super().__init__()
         self.directory = directory
         self.manifest = manifest
         self.preprocessor = Preprocessor(
@@ -65,8 +65,6 @@ class Policy:
         )
         self.postprocessor = Postprocessor(manifest.postprocess, manifest.statistics)
         self._engine = engine
-        self._queue: deque[FloatArray] = deque()
-        self._generator = np.random.default_rng(0)
 
     @classmethod
     def from_pretrained(
@@ -97,6 +95,11 @@ class Policy:
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that run the stages here (``manifest.versions``: that made them)."""
         return self._engine.versions
+
+    @property
+    def execute(self) -> int:
+        """How many actions of a chunk `select_action` gives out."""
+        return self.manifest.action.execute
 
     def predict_action_chunk(
         self,
@@ -133,26 +136,6 @@ class Policy:
         start, guidance = self._start(noise, seed), self._guidance(prefix)
         normalized = self._engine.sample(tensors, start, guidance=guidance, steps=steps)
         return self._actions(normalized)
-
-    def select_action(
-        self, obs: Observation, *, noise: NDArray[Any] | None = None, seed: int | None = None
-    ) -> FloatArray:
-        """Return the next (dim,) float32 action, to be called once per control tick.
-
-        Predicts a chunk when the queue is empty and queues its first ``manifest.action.execute``
-        actions; in between, the observation is not looked at.
-        """
-        self._engine.check_open()
-        if not self._queue:
-            chunk = self.predict_action_chunk(obs, noise=noise, seed=seed)
-            self._queue.extend(chunk[: self.manifest.action.execute])
-        return self._queue.popleft()
-
-    def reset(self, *, seed: int | None = None) -> None:
-        """Forget queued actions, at the start of an episode; with ``seed``, restart the noise too."""
-        self._queue.clear()
-        if seed is not None:
-            self._generator = np.random.default_rng(seed)
 
     def sample_noise(self, seed: int | None = None) -> FloatArray:
         """Return standard normal noise, (1, horizon, padded) float32, from ``seed`` or the generator."""
@@ -219,19 +202,8 @@ class Policy:
 
     def close(self) -> None:
         """Free the engine; the policy cannot be used afterwards. Closing twice is fine."""
-        self._queue.clear()
+        self.reset()
         self._engine.close()
-
-    def __enter__(self) -> Policy:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _start(self, noise: NDArray[Any] | None, seed: int | None) -> FloatArray:
         """Return the noise to start from, checked."""

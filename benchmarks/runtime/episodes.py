@@ -111,8 +111,13 @@ def run_episode(condition: Condition, task: str, episode: int, seed: int) -> Epi
     strategy = build_strategy(condition.strategy, policy, cascade)
     predict_ms: list[float] = []
     trace = MemoryTrace()
-    keys = {camera.key for camera in manifest.cameras} | {manifest.state.key, manifest.task_key}
-    robot = MetaWorldRobot(task, seed=seed, episode=episode, keys=keys, simulator=OneSimulator())
+    robot = MetaWorldRobot(
+        task,
+        seed=seed,
+        episode=episode,
+        keys=manifest.observation_keys,
+        simulator=OneSimulator(),
+    )
     loop = ControlLoop(
         robot,
         strategy,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 
 from quantvla.fidelity.smoothness import Smoothness
+from quantvla.runtime.closing import Closing
 from quantvla.runtime.errors import explain
 
 JOURNAL_VERSION = 1
@@ -47,7 +47,7 @@ class EpisodeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     outcomes: dict[str, Outcome]
 
 
-class Journal:
+class Journal(Closing):
     """Append-only record of finished episodes. A context manager; every line is on the disk when `append` returns."""
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -71,16 +71,7 @@ class Journal:
         if kept == 0:
             self._write(header)
 
-    def __enter__(self) -> Journal:
-        """Return the journal, so that ``with`` closes it."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Close the file."""
         self._stream.close()
 

@@ -18,13 +18,14 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from quantvla.evaluate.perturbation import UNCHANGED, Perturbation, Perturber
+from quantvla.runtime.closing import Closing
 
 os.environ.setdefault(
     "MUJOCO_GL", "egl"
@@ -90,7 +91,7 @@ def find_task(name: str) -> Task:
     )
 
 
-class MetaWorldEnv:
+class MetaWorldEnv(Closing):
     """One Meta-World task that can be reset to any seed. Not thread-safe; one instance per process and task."""
 
     def __init__(
@@ -121,19 +122,6 @@ class MetaWorldEnv:
         self._raw: npt.NDArray[np.float64] = np.zeros(39)
         self._steps = 0
         self._success = False
-
-    def __enter__(self) -> MetaWorldEnv:
-        """Return the environment, so that ``with`` closes it."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the renderer."""
-        self.close()
 
     @property
     def done(self) -> bool:

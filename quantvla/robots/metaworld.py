@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,14 +67,3 @@ class MetaWorldRobot:
     def close(self) -> None:
         """Free the simulator."""
         self._environment.close()
-
-    def __enter__(self) -> MetaWorldRobot:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -39,8 +39,9 @@ def _open(spec: RobotSpec, manifest: Manifest) -> Robot:
     if isinstance(spec, MetaWorldSpec):
         from quantvla.robots.metaworld import MetaWorldRobot
 
-        keys = {camera.key for camera in manifest.cameras} | {manifest.state.key, manifest.task_key}
-        return MetaWorldRobot(spec.task, seed=spec.seed, episode=spec.episode, keys=keys)
+        return MetaWorldRobot(
+            spec.task, seed=spec.seed, episode=spec.episode, keys=manifest.observation_keys
+        )
     if isinstance(spec, RecordedSpec):
         from quantvla.robots.recorded import RecordedRobot
 

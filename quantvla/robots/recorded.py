@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,13 @@ class RecordedRobot:
         """Read up to ``frames`` frames; raises `QuantVLAError` for a path that is no set of the engine's robot."""
         recorded = open_set(directory)
         check_robot(recorded.robot, manifest.cameras, manifest.state, where=directory)
-        keys = {camera.key for camera in manifest.cameras} | {manifest.state.key, manifest.task_key}
-        self._frames: list[Observation] = []
-        for frame in recorded:
-            if len(self._frames) == frames:
-                break
-            self._frames.append({k: v for k, v in frame.observation.items() if k in keys})
+        keys = manifest.observation_keys
+        self._frames: list[Observation] = [
+            {k: v for k, v in frame.observation.items() if k in keys}
+            for frame in islice(recorded, frames)
+        ]
         self._repeat = repeat
         self._index = 0
-        self.stopped = False
 
     def observe(self) -> Observation:
         """Return the present frame."""
@@ -50,7 +49,3 @@ class RecordedRobot:
 
     def stop(self) -> None:
         """Stand still."""
-        self.stopped = True
-
-    def close(self) -> None:
-        """Do nothing."""

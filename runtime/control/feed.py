@@ -15,22 +15,9 @@ class ObservationFeed:
         self._max_age_s = max_age_s
         self._captured_s: float | None = None
         self.latest: Observation | None = None
-        self.problem: str | None = "no observation yet"
 
     def accept(self, observation: Observation | None, now_s: float) -> str | None:
         """Take what the robot gave at ``now_s``; returns what is wrong with it, None if it is fit for use."""
-        self.problem = self._judge(observation, now_s)
-        return self.problem
-
-    def age_s(self, now_s: float) -> float:
-        """Return the age of the newest good observation, infinite when there was none."""
-        return float("inf") if self._captured_s is None else now_s - self._captured_s
-
-    def fresh(self, now_s: float) -> bool:
-        """Return whether the newest good observation is young enough to move on."""
-        return self.age_s(now_s) <= self._max_age_s
-
-    def _judge(self, observation: Observation | None, now_s: float) -> str | None:
         if observation is None:
             return "no observation"
         stamp = observation.get(TIMESTAMP_KEY, now_s)
@@ -44,3 +31,7 @@ class ObservationFeed:
         if now_s - stamp > self._max_age_s:
             return f"captured {now_s - stamp:.3f} s ago, more than {self._max_age_s:g} s"
         return None
+
+    def fresh(self, now_s: float) -> bool:
+        """Return whether there is a good observation, and the newest is young enough to move on."""
+        return self._captured_s is not None and now_s - self._captured_s <= self._max_age_s

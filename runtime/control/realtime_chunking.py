@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from quantvla.runtime.control.plan import Plan
 from quantvla.runtime.control.strategy import Asynchronous, Request
 from quantvla.runtime.guidance import ActionPrefix, Method, Schedule
 
@@ -33,7 +32,7 @@ class PrefixPolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class RealTimeChunking:
+class RealTimeChunking(Asynchronous):
     """Asynchronous chunks that agree with what the robot runs meanwhile.
 
     ``method``, ``schedule``, ``overlap`` and ``max_weight`` are those of `ActionPrefix`; ``vjp``
@@ -41,15 +40,10 @@ class RealTimeChunking:
     """
 
     policy: PrefixPolicy
-    execute: int
     method: Method = "prefix"
     schedule: Schedule = "exponential"
     overlap: int | None = None
     max_weight: float = 10.0
-
-    def wants(self, plan: Plan, tick: int, delay_ticks: int) -> bool:
-        """As `Asynchronous`."""
-        return self._asynchronous.wants(plan, tick, delay_ticks)
 
     def predict(self, request: Request) -> FloatArray:
         """Return a chunk that continues the request's plan."""
@@ -59,10 +53,6 @@ class RealTimeChunking:
             prev_chunk_left_over=request.ahead,
             seed=request.seed,
         )
-
-    def merge(self, plan: Plan, chunk: FloatArray, requested: int, tick: int) -> Plan | None:
-        """As `Asynchronous`."""
-        return self._asynchronous.merge(plan, chunk, requested, tick)
 
     def predict_action_chunk(
         self,
@@ -89,7 +79,3 @@ class RealTimeChunking:
                 self.max_weight,
             )
         return self.policy.predict_action_chunk(obs, noise=noise, seed=seed, prefix=prefix)
-
-    @property
-    def _asynchronous(self) -> Asynchronous:
-        return Asynchronous(self.policy, self.execute)

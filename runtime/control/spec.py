@@ -20,7 +20,6 @@ from quantvla.runtime.guidance import Method, Schedule
 from quantvla.runtime.policy import Policy
 
 StrategyKind = Literal["sync", "async", "blend", "rtc"]
-STRATEGIES: tuple[StrategyKind, ...] = ("sync", "async", "blend", "rtc")
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 
 

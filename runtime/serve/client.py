@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import ssl
 import time
-from collections import deque
-from collections.abc import Mapping
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -20,18 +17,19 @@ from websockets.sync.client import ClientConnection, connect
 
 from quantvla.runtime.errors import QuantVLAError, explain
 from quantvla.runtime.guidance import ActionPrefix
+from quantvla.runtime.preprocess import Observation
 from quantvla.runtime.sampler import standard_noise
 from quantvla.runtime.serve import wire
 from quantvla.runtime.serve.access import SCHEME
 from quantvla.runtime.serve.metadata import PROTOCOL, ServerMetadata
+from quantvla.runtime.stepping import SteppedPolicy
 
 FloatArray = NDArray[np.float32]
-Observation = Mapping[str, object]
 
 _RETRY_S = 0.2
 
 
-class PolicyClient:
+class PolicyClient(SteppedPolicy):
     """Asks a `quantvla serve` for action chunks. One object serves one robot and one thread.
 
     The observation is that of `Policy`. The noise is drawn here, from ``seed``, and sent along, so
@@ -55,13 +53,12 @@ class PolicyClient:
         timeout_s: float = 5.0,
         jpeg_quality: int | None = None,
     ) -> None:
+        super().__init__(seed)
         self.uri = uri
         self._headers = {"Authorization": f"{SCHEME} {api_key}"} if api_key else None
         self._ssl_context = ssl_context
         self._timeout_s = timeout_s
         self._jpeg_quality = jpeg_quality
-        self._generator = np.random.default_rng(seed)
-        self._queue: deque[FloatArray] = deque()
         self._connection: ClientConnection | None = None
         self._metadata: ServerMetadata | None = None
         self.timing: dict[str, float] = {}
@@ -73,6 +70,11 @@ class PolicyClient:
         """What the server said about its engine."""
         assert self._metadata is not None
         return self._metadata
+
+    @property
+    def execute(self) -> int:
+        """How many actions of a chunk `select_action` gives out."""
+        return self.metadata.action.execute
 
     def predict_action_chunk(
         self,
@@ -91,46 +93,21 @@ class PolicyClient:
         message: dict[str, object] = {key: self._sent(value) for key, value in obs.items()}
         if seed is not None:
             message["seed"] = seed
-        if noise is not None or seed is None:
-            drawn = standard_noise(self._generator, self.metadata.noise_shape)
-            message["noise"] = drawn if noise is None else noise
+        if noise is None and seed is None:
+            noise = standard_noise(self._generator, self.metadata.noise_shape)
+        if noise is not None:
+            message["noise"] = noise
         if prefix is not None:
             message["prefix"] = asdict(prefix)
         reply = self._exchange(wire.encode(message))
         self.timing = dict(reply.get("server_timing", {}))
         return self._checked(reply.get("actions"))
 
-    def select_action(
-        self, obs: Observation, *, noise: NDArray[Any] | None = None, seed: int | None = None
-    ) -> FloatArray:
-        """Return the next (dim,) float32 action; asks for a chunk when the queue is empty."""
-        if not self._queue:
-            chunk = self.predict_action_chunk(obs, noise=noise, seed=seed)
-            self._queue.extend(chunk[: self.metadata.action.execute])
-        return self._queue.popleft()
-
-    def reset(self, *, seed: int | None = None) -> None:
-        """Forget queued actions, at the start of an episode; with ``seed``, restart the noise too."""
-        self._queue.clear()
-        if seed is not None:
-            self._generator = np.random.default_rng(seed)
-
     def close(self) -> None:
         """End the connection; the next request would open another. Closing twice is fine."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-    def __enter__(self) -> PolicyClient:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _sent(self, value: object) -> object:
         if self._jpeg_quality is None or not isinstance(value, np.ndarray):
