@@ -68,6 +68,11 @@ class LoopSection(_Section, frozen=True, kw_only=True):
     clock: Literal["real", "virtual"] = "real"
     delay_ticks: NotNegative = 0
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a delay that the real clock would ignore."""
+        if self.delay_ticks and self.clock == "real":
+            raise ValueError("`delay_ticks` is for clock 'virtual', the real one has its own delay")
+
 
 class GuardSection(_Section, frozen=True, kw_only=True):
     """Limits from a file or a URDF, else from the engine's statistics. ``kill_after`` 0: never."""
@@ -77,6 +82,11 @@ class GuardSection(_Section, frozen=True, kw_only=True):
     urdf: Path | None = None
     degrees: bool = False
     kill_after: NotNegative = 100
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a unit without the file that it is the unit of."""
+        if self.degrees and self.urdf is None:
+            raise ValueError("`degrees` is for `urdf`, which is not given")
 
 
 class WatchdogSection(_Section, frozen=True, kw_only=True):

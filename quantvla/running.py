@@ -43,10 +43,13 @@ class PreparedRun:
     limits: Limits
     robot: Robot
     trace: TraceWriter | None
+    cascade: Cascade | None
 
     def run(self) -> LoopReport:
         """Run to the end and return the report, with the trace written as far as it can be."""
         report = self.loop.run(seconds=self.config.loop.seconds)
+        if self.cascade is not None:
+            report = msgspec.structs.replace(report, cascade=self.cascade.counts)
         if self.trace is None:
             return report
         self.trace.close()
@@ -66,7 +69,8 @@ def prepared_run(
         robot = stack.enter_context(opened_robot(config.robot, manifest))
         limits = find_limits(config.guard, manifest, relative_actions(robot))
         policy = stack.enter_context(Policy.from_pretrained(config.engine, threads=config.threads))
-        strategy = build_strategy(config.strategy, policy, _cascade(config, policy, stack))
+        cascade = _cascade(config, policy, stack)
+        strategy = build_strategy(config.strategy, policy, cascade)
         policy.warm_up(WARM_UP_RUNS)
         trace = None
         if config.log.trace is not None:
@@ -102,7 +106,7 @@ def prepared_run(
             seed=config.seed,
             on_tick=on_tick,
         )
-        yield PreparedRun(config, loop, limits, robot, trace)
+        yield PreparedRun(config, loop, limits, robot, trace, cascade)
 
 
 def _cascade(config: RunConfig, policy: Policy, stack: ExitStack) -> Cascade | None:

@@ -80,6 +80,7 @@ def report_lines(report: LoopReport) -> str:
     """Return the counts of a finished run as sentences."""
     share = report.deadline_misses / max(report.ticks, 1)
     guard = ", ".join(f"{cause} {count}" for cause, count in report.interventions.items())
+    levels = report.cascade
     return (
         f"{'FAILED' if report.failed else 'ended'}: {report.stop_cause}\n"
         f"{report.ticks} ticks at {report.rate_hz:g} Hz in {report.seconds:.1f} s, "
@@ -88,5 +89,11 @@ def report_lines(report: LoopReport) -> str:
         f"{report.inference_errors} failed; held {report.held} ticks, starved {report.starved}\n"
         f"observations: {report.stale_observations} unusable, {report.observation_errors} errors; "
         f"guard: {guard or 'no intervention'}"
+        + (
+            f"\ncascade: {levels.escalated} of {levels.chunks} chunks from the better level, "
+            f"{levels.no_time} not for want of time"
+            if levels is not None
+            else ""
+        )
         + (f"\ntrace incomplete: {report.trace_lost} records lost" if report.trace_lost else "")
     )

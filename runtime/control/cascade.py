@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantvla.runtime.control.counters import CascadeCounts
 from quantvla.runtime.errors import explain
 from quantvla.runtime.guidance import ActionPrefix
 from quantvla.runtime.policy import Policy
@@ -29,15 +30,6 @@ class Level:
 
     policy: Policy
     steps: int | None = None
-
-
-@dataclass
-class CascadeCounts:
-    """How many chunks were asked for, were escalated, or would have been if there had been time."""
-
-    chunks: int = 0
-    escalated: int = 0
-    no_time: int = 0
 
 
 class Cascade:

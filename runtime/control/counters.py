@@ -48,6 +48,14 @@ class Samples:
         return Spread(*(round(float(v) * scale, 4) for v in (p50, p99, largest)))
 
 
+class CascadeCounts(msgspec.Struct):
+    """How many chunks were asked for, were escalated, or would have been if there had been time."""
+
+    chunks: int = 0
+    escalated: int = 0
+    no_time: int = 0
+
+
 class LoopReport(msgspec.Struct, frozen=True, kw_only=True):
     """One run. Times in milliseconds unless the name says otherwise.
 
@@ -83,6 +91,7 @@ class LoopReport(msgspec.Struct, frozen=True, kw_only=True):
     seam_step: Spread
     interventions: dict[str, int]
     trace_lost: int
+    cascade: CascadeCounts | None = None
 
 
 class Counters:

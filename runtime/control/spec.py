@@ -20,6 +20,9 @@ from quantvla.runtime.guidance import Method, Schedule
 from quantvla.runtime.policy import Policy
 
 StrategyKind = Literal["sync", "async", "blend", "rtc"]
+_FOR_KIND: dict[str, StrategyKind] = {
+    "blend": "blend", "guidance": "rtc", "schedule": "rtc", "overlap": "rtc", "max_weight": "rtc",
+}  # fmt: skip
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 
 
@@ -51,6 +54,13 @@ class StrategySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     schedule: Schedule = "exponential"
     overlap: PositiveInt | None = None
     max_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that the kind would ignore."""
+        defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
+        for name, kind in _FOR_KIND.items():
+            if self.kind != kind and getattr(self, name) != defaults[name]:
+                raise ValueError(f"`{name}` is for kind '{kind}', not '{self.kind}'")
 
 
 def build_strategy(

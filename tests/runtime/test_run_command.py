@@ -124,6 +124,9 @@ def test_a_limits_file_guards_the_run(
         ("[strategy]\nkind = 'rt'\n", "not a valid run file .*rt"),
         ("[guard]\nmod = 'clamp'\n", "not a valid run file .*unknown field `mod`"),
         ("[watchdog]\nhold_s = 0\n", "not a valid run file"),
+        ("[strategy]\nkind = 'async'\nblend = 6\n", "`blend` is for kind 'blend', not 'async'"),
+        ("[strategy]\nkind = 'sync'\nmax_weight = 5.0\n", "`max_weight` is for kind 'rtc', not 'sync'"),
+        ("[guard]\ndegrees = true\n", "`degrees` is for `urdf`, which is not given"),
         ("[strategy]\nexecute = 99\n", "strategy execute: expected 1 to 4 actions of a chunk, got 99"),
         ("[strategy]\nguidance = 'vjp'\n", "has no graph for guidance 'vjp'; export it with --guidance"),
         ("[guard]\nlimits = 'a'\nurdf = 'b'\n", "guard: limits and urdf are both given"),
@@ -135,6 +138,23 @@ def test_wrong_run_files_are_refused_before_the_robot_moves(
     with pytest.raises(QuantVLAError, match=message):
         run("run", "--config", run_file(text))
     assert own_robot.log == []
+
+
+def test_a_delay_of_the_real_clock_is_refused(
+    run_file: Callable[..., Path], own_robot: Any
+) -> None:
+    path = run_file()
+    path.write_text(path.read_text().replace("virtual", "real"))
+    with pytest.raises(QuantVLAError, match="`delay_ticks` is for clock 'virtual'"):
+        run("run", "--config", path)
+
+
+def test_what_a_cascade_did_is_reported(run_file: Callable[..., Path], own_robot: Any) -> None:
+    path = run_file("[cascade]\nthreshold = 0.0\nsteps = 1\nbudget_ms = 1e-6\n")
+    done = run("run", "--config", path, "--json")
+    counts = json.loads(done.stdout)["cascade"]
+    assert counts["no_time"] == counts["chunks"] > 1 and counts["escalated"] == 0
+    assert "0 of" in (text := run("run", "--config", path).stdout) and "for want of time" in text
 
 
 def test_missing_run_file_and_unwritable_trace(
