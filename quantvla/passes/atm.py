@@ -2,60 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-import msgspec
 from torch import Tensor
 
-from quantvla.passes.base import Factors, Kind, PassReport, Subject
-from quantvla.passes.head_factors import EPSILON, clip_notes, limited, scale_output_
-from quantvla.progress import Progress
+from quantvla.passes.base import Subject
+from quantvla.passes.head_factors import EPSILON, AttentionCorrection, scale_output_
+from quantvla.runtime.errors import explain
 from quantvla.structure import Attention
 
-Bound = Annotated[float, msgspec.Meta(ge=0)]
 
-
-class MatchTemperature(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="atm"
-):
+class MatchTemperature(AttentionCorrection, frozen=True, tag="atm"):
     """alpha = Std(teacher's logits) / Std(student's), per head, multiplied into the student's logits.
 
     It goes into the rows of W_q and b_q of the head (rotary embedding commutes with it), or where a
-    q-norm follows W_q, into the gain of that norm, one per head from then on. ``frames``: how many
-    calibration frames are looked at (all of them when absent).
+    q-norm follows W_q, into the gain of that norm, one per head from then on.
     """
 
-    phase: ClassVar[Kind] = "correction"
-    parts: tuple[str, ...] = ("expert",)
-    clip: Bound = 0.30
-    band: Bound = 0.03
-    frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    what: ClassVar[str] = "head temperatures"
 
-    def __call__(self, subject: Subject, progress: Progress) -> PassReport:
-        """Measure every attention of ``parts`` at once, then fold."""
-        attentions = [a for a in subject.structure.attentions if a.part in self.parts]
+    def ratios(self, subject: Subject, attentions: Sequence[Attention]) -> list[tuple[str, Tensor]]:
+        """Return alpha (heads,) of every query projection. Raises `QuantVLAError` for logits that nothing shows."""
         seen = subject.observer.logits(
             [a.q for a in attentions], what="attention temperature", frames=self.frames
         )
-        factors = []
-        for attention in attentions:
-            sums = seen[attention.q]
-            raw = sums.teacher.deviation / (sums.student.deviation + EPSILON)
-            alpha = limited(raw, self.clip, self.band)
-            fold_temperature_(subject, attention, alpha)
-            factors.append(
-                Factors(
-                    attention.q,
-                    attention.part,
-                    attention.layer,
-                    tuple(raw.tolist()),
-                    tuple(alpha.tolist()),
-                )
-            )
-        return PassReport(
-            kind="atm", factors=tuple(factors), clip=self.clip, band=self.band,
-            notes=clip_notes("head temperatures", factors, self.clip),
-        )  # fmt: skip
+        for query, sums in seen.items():
+            if not sums.student.count:
+                raise explain(
+                    query, "the family shows no logits of this attention, so it has no temperature",
+                    remedy="leave its part out of the recipe's atm pass",
+                )  # fmt: skip
+        return [
+            (query, sums.teacher.deviation / (sums.student.deviation + EPSILON))
+            for query, sums in ((a.q, seen[a.q]) for a in attentions)
+        ]
+
+    def fold_(self, subject: Subject, attention: Attention, factors: Tensor) -> None:
+        """Multiply the logits of each head."""
+        fold_temperature_(subject, attention, factors)
 
 
 def fold_temperature_(subject: Subject, attention: Attention, alpha: Tensor) -> None:

@@ -8,9 +8,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from quantvla.passes.atm import Bound
 from quantvla.passes.base import Kind, PassReport, Subject
-from quantvla.passes.head_factors import limited, scale_output_
+from quantvla.passes.head_factors import Bound, limited, scale_output_
 from quantvla.progress import Progress
 from quantvla.statistics import OutputSums
 

@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-import msgspec
-import torch
+from torch import Tensor
 
-from quantvla.passes.atm import Bound
-from quantvla.passes.base import Factors, Kind, PassReport, Subject
-from quantvla.passes.head_factors import EPSILON, clip_notes, limited, scale_output_
-from quantvla.progress import Progress
+from quantvla.passes.base import Subject
+from quantvla.passes.head_factors import EPSILON, AttentionCorrection, scale_output_
+from quantvla.structure import Attention
 
 
-class BalanceOutputs(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="ohb"
-):
+class BalanceOutputs(AttentionCorrection, frozen=True, tag="ohb"):
     """beta = RMS(teacher's attention output) / RMS(student's), per layer, after the output projection.
 
     It goes into W_o and b_o, or into the dequantization scales of an integer W_o. A gate on the
-    residual comes later and does not mind. ``frames``: how many calibration frames are looked at
-    (all of them when absent).
+    residual comes later and does not mind.
     """
 
-    phase: ClassVar[Kind] = "correction"
-    parts: tuple[str, ...] = ("expert",)
-    clip: Bound = 0.30
-    band: Bound = 0.03
-    frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    what: ClassVar[str] = "output balances"
 
-    def __call__(self, subject: Subject, progress: Progress) -> PassReport:
-        """Measure every attention of ``parts`` at once, then fold."""
-        attentions = [a for a in subject.structure.attentions if a.part in self.parts]
+    def ratios(self, subject: Subject, attentions: Sequence[Attention]) -> list[tuple[str, Tensor]]:
+        """Return beta (a scalar) of every output projection."""
         seen = subject.observer.outputs(
             [a.o for a in attentions], what="attention output", frames=self.frames
         )
-        factors = []
+        found = []
         for attention in attentions:
             sums = seen[attention.o]
-            energies = [(total.sum() / sums.tokens).sqrt() for total in (sums.tt, sums.ss)]
-            raw = energies[0] / (energies[1] + EPSILON)
-            beta = limited(raw, self.clip, self.band)
-            scale_output_(subject, attention.o, beta * torch.ones_like(sums.t))
-            factors.append(
-                Factors(attention.o, attention.part, attention.layer, (float(raw),), (float(beta),))
-            )
-        return PassReport(
-            kind="ohb", factors=tuple(factors), clip=self.clip, band=self.band,
-            notes=clip_notes("output balances", factors, self.clip),
-        )  # fmt: skip
+            teacher, student = ((total.sum() / sums.tokens).sqrt() for total in (sums.tt, sums.ss))
+            found.append((attention.o, teacher / (student + EPSILON)))
+        return found
+
+    def fold_(self, subject: Subject, attention: Attention, factors: Tensor) -> None:
+        """Multiply all outputs of the projection."""
+        scale_output_(
+            subject, attention.o, factors.expand(subject.linear(attention.o).out_features)
+        )

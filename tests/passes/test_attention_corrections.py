@@ -25,6 +25,7 @@ from quantvla.passes.head_factors import clip_notes, limited, scale_output_
 from quantvla.pipeline import Pipeline
 from quantvla.plan import Plan
 from quantvla.quantizer import QuantizedWeight, integer_linear, quantize_weight
+from quantvla.runtime.errors import QuantVLAError
 from quantvla.statistics import LogitSums, OutputSums
 from quantvla.structure import Attention, Structure
 
@@ -279,3 +280,24 @@ def test_corrections_leave_the_teacher_alone(
     first = again[queries[0]]
     ratio = first.teacher.deviation / first.student.deviation
     assert torch.allclose(ratio, torch.ones(len(ratio), dtype=ratio.dtype), atol=1e-3)
+
+
+@pytest.mark.parametrize("correction", [MatchTemperature, BalanceOutputs])
+def test_a_part_without_attention_is_refused(
+    pipeline: Callable[..., Pipeline], correction: type[MatchTemperature | BalanceOutputs]
+) -> None:
+    with pytest.raises(
+        QuantVLAError, match=r"part 'exprt' .* has no attention there; did you mean 'expert'"
+    ):
+        pipeline().run([RoundWeights(), correction(parts=("exprt",))])
+    with pytest.raises(QuantVLAError, match="no attention there; leave the pass out"):
+        correction()(pipeline(structure=Structure()).subject, lambda *_: None)
+
+
+def test_temperatures_of_logits_that_nothing_shows_are_refused(
+    pipeline: Callable[..., Pipeline],
+) -> None:
+    with pytest.raises(
+        QuantVLAError, match=r"q_proj: the family shows no logits .*; leave its part"
+    ):
+        pipeline().run([RoundWeights(), MatchTemperature(parts=("vision",))])
