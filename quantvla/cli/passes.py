@@ -33,6 +33,8 @@ def pass_line(report: PassReport) -> str:
         return (
             f"{report.kind}: largest output error {worst.relative_output_error:.2%} at {worst.site}"
         )
+    if not report.factors:
+        return report.kind
     applied = [value for entry in report.factors for value in entry.applied]
     neutral = sum(value == 1 for value in applied)
     return f"{report.kind}: {len(applied)} factors, {neutral} of them neutral"

@@ -131,6 +131,6 @@ class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
                 remedy=f'calibrate with at least {needed} frames, or set too_few = "round" in the recipe',
             )
         return (
-            f"{entry.site}: {rows} calibration rows for {entry.in_features} input channels, "
+            f"warning: {entry.site}: {rows} calibration rows for {entry.in_features} input channels, "
             "so it was rounded without second-order compensation"
         )

@@ -54,9 +54,21 @@ class Permute(
                 found.append(Fold(mlp.down, partial(_permute_mlp_, subject, mlp, order)))
         return found
 
-    def notes(self, _subject: Subject) -> tuple[str, ...]:
-        """Return nothing: every order folds."""
-        return ()
+    def notes(self, subject: Subject) -> tuple[str, ...]:
+        """Return which streams that planned sites read keep their order, and why."""
+        if "streams" not in self.places:
+            return ()
+        return tuple(
+            f"residual stream {stream.name!r} keeps its order: {stream.obstacle}"
+            for stream in subject.structure.streams
+            if stream.obstacle
+            and any(
+                site in subject.planned
+                for norm in subject.structure.norms
+                if norm.name in stream.norms
+                for site in norm.readers
+            )
+        )
 
     def _order(self, subject: Subject, readers: Sequence[str]) -> Tensor | None:
         planned = [site for site in readers if site in subject.planned]

@@ -90,7 +90,7 @@ def assemble_report(title: str, titles: Mapping[str, str], results: Results) -> 
         factors=attention_factors(card),
         examples=results.examples,
         steps=tuple(map(step_report, results.steps)),
-        notes=notes(evaluation, results.verified, titles),
+        notes=(*notes(evaluation, results.verified, titles), *pass_notes(card)),
         machine=machine_report(max(threads)),
         versions=compiler_versions() | evaluation.versions,
     )
@@ -107,6 +107,11 @@ def notes(
             f"{titles[name]} {verdict} verification on {result.frames} held-out observations."
         )
     return tuple(found)
+
+
+def pass_notes(card: CheckpointCard) -> tuple[str, ...]:
+    """Return what the passes say a reader must see: fallbacks, clipped factors, what did not fold."""
+    return tuple(f"{report.kind}: {note}" for report in card.reports for note in report.notes)
 
 
 def policy_arm(

@@ -66,6 +66,13 @@ def test_a_rotation_that_does_not_fold_says_why(pipeline: Callable[..., Pipeline
         pipeline().run([Rotate(streams=("action",))])
 
 
+def test_a_stream_that_keeps_its_order_is_a_note(pipeline: Callable[..., Pipeline]) -> None:
+    subject = pipeline("w4a8-vision8").subject
+    (note,) = Permute().notes(subject)
+    assert note.startswith("residual stream 'vision tower' keeps its order: its LayerNorms")
+    assert Permute(places=("mlps",)).notes(subject) == ()
+
+
 def test_a_fold_that_changes_actions_stops_with_its_site_and_is_taken_back(
     pipeline: Callable[..., Pipeline], loaded: LoadedPolicy
 ) -> None:

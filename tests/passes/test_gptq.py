@@ -92,6 +92,7 @@ def test_the_fallback_is_reported_and_everything_else_is_compensated(
     made = pipeline()
     (report,) = made.run([Gptq(step="stage", too_few="round")])
     assert report.notes
+    assert all(note.startswith("warning: ") for note in report.notes)
     assert all("without second-order compensation" in note for note in report.notes)
     assert [site.site for site in report.sites] == [e.site for e in made.subject.plan.quantized]
     assert all(site.rows > 0 for site in report.sites)

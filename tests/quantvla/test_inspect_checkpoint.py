@@ -34,3 +34,4 @@ def test_factors_are_a_table_with_what_was_measured_and_what_is_applied() -> Non
     assert pass_line(report) == "atm: 3 factors, 1 of them neutral"
     folded = PassReport(kind="smooth", folds=4, equivalence=Equivalence(4, 0.9999999, 1e-6))
     assert "smooth: 4 folds, float actions unchanged on 4 frames" in pass_line(folded)
+    assert pass_line(PassReport(kind="correct_output", notes=("35 linears",))) == "correct_output"
