@@ -10,8 +10,8 @@ CARD_FILE = "quantized.json"
 """Where a quantized checkpoint keeps its plan and everything else that is known about it."""
 
 
-class PlanEntry(msgspec.Struct, frozen=True):
-    """One site's fate. Bytes are of the weight: ``bytes_before`` in half precision, ``bytes_after`` with scales."""
+class PlannedSite(msgspec.Struct, frozen=True):
+    """Which linear a row of a plan is about."""
 
     site: str
     stage: str
@@ -20,6 +20,11 @@ class PlanEntry(msgspec.Struct, frozen=True):
     layer: int | None
     out_features: int
     in_features: int
+
+
+class PlanEntry(PlannedSite, frozen=True):
+    """One site's fate. Bytes are of the weight: ``bytes_before`` in half precision, ``bytes_after`` with scales."""
+
     scheme: Scheme
     bytes_before: int
     bytes_after: int

@@ -14,7 +14,7 @@ from quantvla.mixed.knapsack import Budget, Option, Solution, largest, smallest,
 from quantvla.mixed.latency import Kernel
 from quantvla.mixed.offers import format_name, input_shapes
 from quantvla.mixed.sensitivity import Choice
-from quantvla.plan import PlanEntry
+from quantvla.plan import PlanEntry, PlannedSite
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.schemes import Scheme
 
@@ -23,16 +23,9 @@ FLOAT_BYTES = 4  # an engine for the CPU keeps float weights in 32 bits
 FRONTIER_POINTS = 16
 
 
-class SiteChoice(msgspec.Struct, frozen=True):
+class SiteChoice(PlannedSite, frozen=True):
     """The format of one site, what it costs, and the nrmse it adds when it is the only integer site."""
 
-    site: str
-    stage: str
-    part: str
-    kind: str
-    layer: int | None
-    out_features: int
-    in_features: int
     format: str
     bytes: int
     latency_ms: float | None
