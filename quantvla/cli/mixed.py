@@ -14,11 +14,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from quantvla.calib_sets import check_robot, limit, open_set
+from quantvla.calib_sets import open_set
 from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
 from quantvla.families import load_policy
-from quantvla.families.base import LoadedPolicy
 from quantvla.layout import make_plan
 from quantvla.mixed.cache import cache_directory
 from quantvla.mixed.choose import MixedPlan, Point
@@ -27,11 +26,10 @@ from quantvla.mixed.latency import Kernel, LatencyTable, TableFile
 from quantvla.mixed.make import Request, make_mixed_plan
 from quantvla.mixed.offers import DEFAULT_FORMATS, parse_formats
 from quantvla.mixed.profile import measure_missing, this_machine
-from quantvla.mixed.recipe_file import mixed_recipe, write_recipe
-from quantvla.mixed.sensitivity import Subject
+from quantvla.mixed.recipe_file import write_mixed_recipe
+from quantvla.mixed.sensitivity import open_subject
 from quantvla.recipe import Recipe
 from quantvla.runtime.errors import explain
-from quantvla.runtime.files import sha256_tree
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,10 @@ class Budgets:
     def given(self) -> bool:
         """Whether there is a budget. Raises `QuantVLAError` for options that make no sense without."""
         budget = self.budget_mb is not None or self.budget_ms is not None
-        if not budget and (self.calib or self.output or self.plot):
+        if not budget and (self.calib or self.output or self.plot or self.with_latency):
             raise explain(
                 "quantvla plan",
-                "--calib, --output and --plot belong to a budget",
+                "--calib, --output, --plot and --latency belong to a budget",
                 remedy="give --budget-mb or --budget-ms",
             )
         return budget
@@ -77,7 +75,7 @@ _OPTIONS = (
     click.option("--probe-frames", type=click.IntRange(min=4), default=8, show_default=True,
                  help="Calibration frames on which each format at each site is tried out."),
     click.option("--latency/--no-latency", "with_latency", default=False, help=(
-        "Show kernel times also without --budget-ms; those that have none yet are measured.")),
+        "With --budget-mb alone, show kernel times too; those that have none yet are measured.")),
     options.threads,
     options.cache,
     click.option("-o", "--output", type=options.DIRECTORY, help="Recipe file to write (.toml)."),
@@ -104,9 +102,14 @@ def plan_mixed(policy_path: Path, recipe: Recipe, budget: Budgets, *, as_json: b
     """Solve, print, and write the recipe and the picture."""
     if budget.output is not None and budget.output.suffix != ".toml":
         raise explain(budget.output, "a recipe's file ends in .toml", remedy="choose such a name")
+    if budget.calib is None:
+        raise explain("quantvla plan", "a budget needs calibration data", remedy="give --calib SET")
     formats = parse_formats(budget.formats)
     loaded = load_policy(policy_path)
-    subject = _subject(loaded, policy_path, budget)
+    subject = open_subject(
+        loaded, open_set(budget.calib), frames=budget.frames, probe_frames=budget.probe_frames,
+        seed=budget.seed,
+    )  # fmt: skip
     cache = budget.cache or cache_directory()
     with progress_bar() as progress:
 
@@ -124,30 +127,13 @@ def plan_mixed(policy_path: Path, recipe: Recipe, budget: Budgets, *, as_json: b
             progress,
         )  # fmt: skip
     if budget.output is not None:
-        mixed = mixed_recipe(budget.output.stem, recipe, result.choice, loaded.sites)
-        make_plan(loaded.sites, mixed)  # what is written can be used
-        write_recipe(budget.output, mixed, _remarks(result.plan))
+        write_mixed_recipe(budget.output, recipe, result, loaded.sites)
     if budget.plot is not None:
         write_figure(budget.plot, result.plan)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(result.plan), indent=1))
     else:
         print_mixed(result.plan)
-
-
-def _subject(loaded: LoadedPolicy, policy_path: Path, budget: Budgets) -> Subject:
-    if budget.calib is None:
-        raise explain("quantvla plan", "a budget needs calibration data", remedy="give --calib SET")
-    recorded = open_set(budget.calib)
-    check_robot(
-        recorded.robot, loaded.interface.cameras, loaded.interface.state, where=recorded.card.name
-    )
-    # errors are judged on calibration frames too: the held-out ones stay unseen for `verify`
-    calibration, probes = (
-        limit(recorded, frames=count, seed=budget.seed).part("calibration")
-        for count in (budget.frames, budget.probe_frames)
-    )
-    return Subject(loaded, sha256_tree(policy_path), calibration, probes, budget.seed)
 
 
 def print_mixed(plan: MixedPlan) -> None:
@@ -179,6 +165,8 @@ def print_mixed(plan: MixedPlan) -> None:
         + f"; errors from {plan.probe_frames} calibration frames of {plan.calibration}, paired noise"
         + (f"; kernels timed on {plan.machine}" if plan.machine else "")
     )
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
 
 
 def _add(table: Table, point: Point, name: str) -> None:
@@ -187,17 +175,3 @@ def _add(table: Table, point: Point, name: str) -> None:
         f"{point.predicted_nrmse:.3%}",
         "-" if point.measured_nrmse is None else f"{point.measured_nrmse:.3%}",
     )  # fmt: skip
-
-
-def _remarks(plan: MixedPlan) -> tuple[str, ...]:
-    budgets = [
-        f"{value:g} {unit}"
-        for value, unit in ((plan.budget_mib, "MiB"), (plan.budget_ms, "ms a chunk"))
-        if value is not None
-    ]
-    return (
-        f"Formats chosen by `quantvla plan` within {' and '.join(budgets)} for the sites of recipe {plan.base_recipe}.",
-        f"Action error (nrmse): predicted {plan.chosen.predicted_nrmse:.3%}, measured "
-        f"{plan.chosen.measured_nrmse or 0:.3%} on {plan.probe_frames} calibration frames; "
-        f"{plan.base_recipe} measured {plan.base.measured_nrmse or 0:.3%} at {plan.base.mib:.3f} MiB.",
-    )

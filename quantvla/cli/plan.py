@@ -21,6 +21,7 @@ from quantvla.layout import make_plan
 from quantvla.passes.base import PassReport
 from quantvla.plan import Plan
 from quantvla.recipe import read_recipe
+from quantvla.runtime.errors import explain
 from quantvla.target_plan import TargetPlan
 
 
@@ -44,6 +45,11 @@ def plan(
     the budget, see docs/mixed_precision.md.
     """
     if budget.given:
+        if target is not None:
+            raise explain(
+                "quantvla plan", "a budget's formats are those of target cpu", got=f"--target {target}",
+                remedy="plan without --target, or without a budget",
+            )  # fmt: skip
         plan_mixed(policy_path, read_recipe(recipe), budget, as_json=as_json)
         return
     if target is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,17 +12,12 @@ from rich.table import Table
 from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
 from quantvla.families import load_policy
-from quantvla.families.base import LoadedPolicy
-from quantvla.layout import make_plan
 from quantvla.mixed.cache import cache_directory
-from quantvla.mixed.choose import kernels
+from quantvla.mixed.choose import policy_kernels
 from quantvla.mixed.latency import Kernel, LatencyTable, TableFile, read_table
-from quantvla.mixed.offers import DEFAULT_FORMATS, Format, offers, parse_formats
+from quantvla.mixed.offers import DEFAULT_FORMATS, parse_formats
 from quantvla.mixed.profile import ROUNDS, measure_missing, this_machine
-from quantvla.recipe import Default, Recipe
 from quantvla.runtime.files import write_atomic
-
-_ALL = Default(scheme="float", reason="timed in every format")
 
 
 @click.command()
@@ -78,13 +72,6 @@ def profile(
         click.echo(encoded)
     else:
         print_table(table)
-
-
-def policy_kernels(loaded: LoadedPolicy, formats: Sequence[Format]) -> list[Kernel]:
-    """Return the kernels of all used linears of a policy in all ``formats`` that fit, each once."""
-    plan = make_plan(loaded.sites, Recipe(name="all", rules=(), default=_ALL, passes=()))
-    offered = [(e, offers(e, formats)) for e in plan.entries if e not in plan.dropped]
-    return list(dict.fromkeys(kernels(loaded, offered).values()))
 
 
 def print_table(table: LatencyTable) -> None:

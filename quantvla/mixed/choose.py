@@ -10,17 +10,20 @@ import msgspec
 import numpy as np
 
 from quantvla.families.base import LoadedPolicy
+from quantvla.layout import make_plan
 from quantvla.mixed.knapsack import Budget, Option, Solution, largest, smallest, solve
 from quantvla.mixed.latency import Kernel
-from quantvla.mixed.offers import format_name, input_shapes
+from quantvla.mixed.offers import Format, format_name, input_shapes, offers
 from quantvla.mixed.sensitivity import Choice
 from quantvla.plan import PlanEntry, PlannedSite
+from quantvla.recipe import Default, Recipe
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.schemes import Scheme
 
 MIB = 2**20
 FLOAT_BYTES = 4  # an engine for the CPU keeps float weights in 32 bits
 FRONTIER_POINTS = 16
+_ALL = Default(scheme="float", reason="offered every format")
 
 
 class SiteChoice(PlannedSite, frozen=True):
@@ -43,7 +46,10 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class MixedPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """The solved plan. ``frontier`` are the best choices over a range of the first budget."""
+    """The solved plan. ``frontier`` are the best choices over a range of the first budget.
+
+    ``notes`` are sentences a reader must see: what could not be offered or shown.
+    """
 
     base_recipe: str
     budget_mib: float | None
@@ -56,6 +62,7 @@ class MixedPlan(msgspec.Struct, frozen=True, kw_only=True):
     probe_frames: int
     calibration: str
     machine: str | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,13 @@ def kernels(
         for entry, schemes in offered
         for scheme in schemes
     }
+
+
+def policy_kernels(loaded: LoadedPolicy, formats: Sequence[Format]) -> list[Kernel]:
+    """Return the kernels of all used linears of a policy in all ``formats`` that fit, each once."""
+    plan = make_plan(loaded.sites, Recipe(name="all", rules=(), default=_ALL, passes=()))
+    offered = [(e, offers(e, formats)) for e in plan.entries if e not in plan.dropped]
+    return list(dict.fromkeys(kernels(loaded, offered).values()))
 
 
 def latencies(

@@ -11,6 +11,7 @@ import msgspec
 
 from quantvla.families.base import LoadedPolicy
 from quantvla.mixed.choose import (
+    FRONTIER_POINTS,
     Costs,
     MixedPlan,
     Point,
@@ -24,7 +25,7 @@ from quantvla.mixed.choose import (
     weight_bytes,
 )
 from quantvla.mixed.latency import Kernel, LatencyTable
-from quantvla.mixed.offers import Format, format_name, offers
+from quantvla.mixed.offers import Format, format_name, left_out, offers
 from quantvla.mixed.sensitivity import Choice, Sensitivity, Subject
 from quantvla.plan import Plan, PlanEntry
 from quantvla.progress import Progress
@@ -114,6 +115,15 @@ def _solved(
         return msgspec.structs.replace(point, measured_nrmse=sqrt(sensitivity.together(choice)))
 
     chosen = best(problem, errors)
+    points = tuple(
+        problem.point(f"{limit:.4g}", choice, errors) for limit, choice in frontier(problem, errors)
+    )
+    notes = left_out(request.base.quantized, request.formats)
+    if len(points) < FRONTIER_POINTS:
+        notes += (
+            f"the frontier shows {len(points)} of {FRONTIER_POINTS} budgets: "
+            "with the others no choice keeps the second budget",
+        )
     base: Choice = {entry.site: (entry, entry.scheme) for entry, _ in problem.offered}
     plan = MixedPlan(
         base_recipe=request.base.recipe,
@@ -122,14 +132,12 @@ def _solved(
         chosen=checked("chosen", chosen),
         base=checked(request.base.recipe, base),
         uniform=tuple(checked(n, choice) for n, choice in uniform_choices(problem).items()),
-        frontier=tuple(
-            problem.point(f"{limit:.4g}", choice, errors)
-            for limit, choice in frontier(problem, errors)
-        ),
+        frontier=points,
         sites=tuple(_site(problem, entry, scheme, errors) for entry, scheme in chosen.values()),
         probe_frames=len(subject.probes),
         calibration=subject.calibration.card.name,
         machine=machine,
+        notes=notes,
     )
     return Result(plan, chosen)
 

@@ -78,6 +78,19 @@ def offers(entry: PlanEntry, formats: Sequence[Format]) -> tuple[Scheme, ...]:
     return found
 
 
+def left_out(entries: Sequence[PlanEntry], formats: Sequence[Format]) -> tuple[str, ...]:
+    """Return a sentence for each format that some sites are not offered because its block does not divide their input."""
+    notes = []
+    for form in formats:
+        widths = [e.in_features for e in entries if not form.fits(e.in_features)]
+        if widths:
+            notes.append(
+                f"{form.scheme}:{form.block} is not offered at {len(widths)} of {len(entries)} sites: "
+                f"their inputs of {', '.join(map(str, sorted(set(widths))))} are no multiple of {form.block}"
+            )
+    return tuple(notes)
+
+
 def input_shapes(loaded: LoadedPolicy, sites: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every site's input in an engine: each stage is run once, on ones."""
     shapes: dict[str, tuple[int, ...]] = {}

@@ -9,6 +9,9 @@ from typing import Any
 import msgspec
 
 from quantvla.families.base import Site
+from quantvla.layout import make_plan
+from quantvla.mixed.choose import MixedPlan
+from quantvla.mixed.make import Result
 from quantvla.mixed.offers import format_name
 from quantvla.mixed.sensitivity import Choice
 from quantvla.recipe import Recipe, Rule
@@ -50,6 +53,28 @@ def _left(base: Recipe, choice: Choice, sites: tuple[Site, ...]) -> list[Rule]:
             kept.append(rule)
             decided |= taken
     return kept
+
+
+def write_mixed_recipe(path: Path, base: Recipe, result: Result, sites: tuple[Site, ...]) -> None:
+    """Write the recipe of a result, named after its file, once it is sure that it can be used."""
+    recipe = mixed_recipe(path.stem, base, result.choice, sites)
+    make_plan(sites, recipe)
+    write_recipe(path, recipe, _remarks(result.plan))
+
+
+def _remarks(plan: MixedPlan) -> tuple[str, ...]:
+    budgets = [
+        f"{value:g} {unit}"
+        for value, unit in ((plan.budget_mib, "MiB"), (plan.budget_ms, "ms a chunk"))
+        if value is not None
+    ]
+    return (
+        f"Formats chosen by `quantvla plan` within {' and '.join(budgets)} for the sites of recipe {plan.base_recipe}.",
+        f"Action error (nrmse): predicted {plan.chosen.predicted_nrmse:.3%}, measured "
+        f"{plan.chosen.measured_nrmse:.3%} on {plan.probe_frames} calibration frames; "
+        f"{plan.base_recipe} measured {plan.base.measured_nrmse:.3%} at {plan.base.mib:.3f} MiB.",
+        *plan.notes,
+    )
 
 
 def write_recipe(path: Path, recipe: Recipe, remarks: tuple[str, ...]) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from quantvla import quantizer, staged
-from quantvla.calib_sets import CalibrationSet
+from quantvla.calib_sets import CalibrationSet, check_robot, limit
 from quantvla.calibrate import collect_statistics, frame_noise
 from quantvla.families.base import LoadedPolicy, Stage, replaced
 from quantvla.mixed.offers import format_name
@@ -31,7 +31,7 @@ from quantvla.plan import PlanEntry
 from quantvla.progress import Progress
 from quantvla.quantized_linear import QuantizedLinear
 from quantvla.quantizer import quantize_weight
-from quantvla.runtime.files import sha256_file, write_atomic
+from quantvla.runtime.files import sha256_file, sha256_tree, write_atomic
 from quantvla.schemes import Scheme
 from quantvla.statistics import SiteStatistics
 from quantvla.versions import compiler_versions
@@ -60,6 +60,23 @@ class Subject:
             sha256_file(Path(quantizer.__file__)),
         )  # fmt: skip
         return hashlib.sha256(msgspec.json.encode(job)).hexdigest()[:16]
+
+
+def open_subject(
+    loaded: LoadedPolicy, recorded: CalibrationSet, *, frames: int, probe_frames: int, seed: int
+) -> Subject:
+    """Return a policy with so many frames of a set. Raises `QuantVLAError` for a set of another robot.
+
+    Errors are judged on calibration frames too: the held-out ones stay unseen for `verify`.
+    """
+    check_robot(
+        recorded.robot, loaded.interface.cameras, loaded.interface.state, where=recorded.card.name
+    )
+    calibration, probes = (
+        limit(recorded, frames=count, seed=seed).part("calibration")
+        for count in (frames, probe_frames)
+    )
+    return Subject(loaded, sha256_tree(loaded.directory), calibration, probes, seed)
 
 
 class Sensitivity:

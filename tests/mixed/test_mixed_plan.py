@@ -153,6 +153,8 @@ def test_an_infeasible_budget_names_the_smallest_before_anything_is_measured(
     [
         (["--budget-mb", "1"], False, "a budget needs calibration data; give --calib SET"),
         (["-o", "x.toml"], True, "belong to a budget; give --budget-mb or --budget-ms"),
+        (["--latency"], False, "belong to a budget; give --budget-mb or --budget-ms"),
+        (["--budget-mb", "1", "--target", "rtx"], True, "got --target rtx; plan without --target"),
         (["--budget-mb", "1", "-o", "x.json"], True, "a recipe's file ends in .toml"),
     ],
 )

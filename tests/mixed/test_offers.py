@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantvla.mixed.offers import DEFAULT_FORMATS, format_name, offers, parse_formats
+from quantvla.mixed.offers import DEFAULT_FORMATS, format_name, left_out, offers, parse_formats
 from quantvla.plan import PlanEntry
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.schemes import Scheme
@@ -23,6 +23,13 @@ def test_formats_are_written_and_read_the_same_way() -> None:
 def test_a_block_that_does_not_divide_the_row_is_not_offered() -> None:
     found = {format_name(s) for s in offers(entry(48), parse_formats(DEFAULT_FORMATS))}
     assert found == {"float", "w4a8:16", "w8a8-dynamic"}
+
+
+def test_a_format_that_is_not_offered_everywhere_is_said() -> None:
+    (note,) = left_out([entry(256), entry(48)], parse_formats(["float", "w4a8:16", "w4a8:32"]))
+    assert note == (
+        "w4a8:32 is not offered at 1 of 2 sites: their inputs of 48 are no multiple of 32"
+    )
 
 
 @pytest.mark.parametrize(
