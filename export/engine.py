@@ -12,6 +12,12 @@ from quantvla.export import lowering_cpu
 from quantvla.export.graphs import save_graph
 from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
+from quantvla.export.rewrite_report import (
+    REWRITES_FILE,
+    StageRewrites,
+    encode_rewrites,
+    unfused_attention,
+)
 from quantvla.export.rewrites import FUSE_CPU, Rewrite
 from quantvla.export.source import SourcePolicy, load_source
 from quantvla.export.stages import build_graphs
@@ -95,8 +101,10 @@ def _write_stages(
 ) -> tuple[StageSpec, ...]:
     with replaced(loaded.policy, lowered(loaded, lower)):
         graphs = build_graphs(loaded.stages, loaded.interface.sampler, fusions, progress, keep=keep)
-    specs = []
+    specs, rewrites = [], []
     for graph in graphs:
+        unfused = unfused_attention(graph.model) if fusions else ()
+        rewrites.append(StageRewrites(graph.name, dict(graph.applied), unfused))
         store_half_scales_(graph.model)
         file, *_ = save_graph(graph.model, directory / f"{graph.name}.onnx")
         specs.append(
@@ -108,6 +116,7 @@ def _write_stages(
                 outputs=graph.outputs,
             )
         )
+    (directory / REWRITES_FILE).write_bytes(encode_rewrites(rewrites))
     return tuple(specs)
 
 

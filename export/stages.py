@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -24,11 +24,15 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StageGraph:
-    """A stage's graph; its tensors are those of the graph, which hoisting changes."""
+    """A stage's graph; its tensors are those of the graph, which hoisting changes.
+
+    ``applied``: how often each rewrite changed it after export.
+    """
 
     name: str
     repeat: int
     model: ir.Model
+    applied: Mapping[str, int]
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -57,8 +61,8 @@ def build_graphs(
     for index, stage in enumerate(stages):
         progress(f"exporting {stage.name}", index, len(stages))
         model = export_graph(stage)
-        apply_rewrites_(model, (*SIMPLIFY, *fusions, *SHORTEN))
-        graphs.append(StageGraph(stage.name, stage.repeat, model))
+        applied = apply_rewrites_(model, (*SIMPLIFY, *fusions, *SHORTEN))
+        graphs.append(StageGraph(stage.name, stage.repeat, model, applied))
     progress("exporting", len(stages), len(stages))
     hoist(graphs, sampler, keep)
     return tuple(graphs)

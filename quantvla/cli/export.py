@@ -11,6 +11,7 @@ from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
 from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options
 from quantvla.export.engine import TARGETS, export_engine
+from quantvla.export.rewrite_report import REWRITES_FILE, read_rewrites
 from quantvla.runtime.errors import explain
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 
@@ -60,6 +61,13 @@ def export(
                 progress=progress,
             )
     size = sum(path.stat().st_size for path in output.iterdir())
-    Console(stderr=True).print(
+    console = Console(stderr=True)
+    console.print(
         f"wrote {output}: {manifest.recipe} for {target}, {len(manifest.stages)} graphs, {size / 2**20:.1f} MiB"
     )
+    for stage in read_rewrites(output):
+        if stage.unfused_attention:
+            console.print(
+                f"[yellow]warning[/] stage {stage.stage}: {len(stage.unfused_attention)} attentions run as exported, "
+                f"which is slower ({', '.join(stage.unfused_attention[:3])}); see {output / REWRITES_FILE}"
+            )

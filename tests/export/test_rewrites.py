@@ -12,9 +12,11 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from quantvla.export.rewrite_report import read_rewrites, unfused_attention
 from quantvla.export.rewrites import FUSE_CPU, SHORTEN, SIMPLIFY, Rewrite, apply_rewrites_
 from quantvla.export.rewrites.hoist import hoist_invariants_
 from quantvla.export.rewrites.views import arrange, view_of
+from quantvla.runtime.manifest import read_manifest
 
 Arrays = dict[str, NDArray[Any]]
 ALL = (*SIMPLIFY, *FUSE_CPU, *SHORTEN)
@@ -252,7 +254,9 @@ def test_a_batch_of_images_keeps_its_heads_in_place() -> None:
 
 
 def test_shared_heads_in_a_batch_are_left_as_they_are() -> None:
-    assert check(attention(shared=2, mask="none", batch=2), ALL)["MultiHeadAttention"] == 0
+    model = attention(shared=2, mask="none", batch=2)
+    assert check(model, ALL)["MultiHeadAttention"] == 0
+    assert len(unfused_attention(model)) == 1
 
 
 def test_layout_chains_become_as_short_as_possible() -> None:
@@ -327,3 +331,14 @@ def test_the_engine_of_a_real_policy_has_one_operator_per_attention_norm_and_rot
     per_layer = {"self": 7, "cross": 5}
     layers = tiny_size.layers // 2
     assert counts["denoise"]["MatMul"] == layers * sum(per_layer.values()) + 4
+
+
+def test_an_engine_says_which_rules_changed_its_graphs(
+    tiny_float_engine: Path, tiny_size: Any
+) -> None:
+    vision, prefix, denoise = read_rewrites(tiny_float_engine)
+    assert [s.stage for s in (vision, prefix, denoise)] == ["vision", "prefix", "denoise"]
+    assert vision.applied["fuse attention"] == tiny_size.vision_layers
+    assert denoise.applied["fuse attention"] == tiny_size.layers
+    assert vision.unfused_attention == prefix.unfused_attention == denoise.unfused_attention == ()
+    assert "rewrites.json" in read_manifest(tiny_float_engine).files
