@@ -1,38 +1,27 @@
-"""Attention in the form TensorRT fuses: scale on the query before the product, softmax without guards.
+"""Attention in the form TensorRT fuses: scale on the query before the product, softmax without guards that guard nothing.
 
 TensorRT fuses product, mask, softmax and product into one kernel if nothing else stands between them and
 the scale is applied before the first product (its "Fused attention" guide; also better in fp16, where
 unscaled logits can overflow). Exporters write the scale behind the product, and a NaN guard behind softmax.
+A guard stays where a whole row may be masked.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from quantvla.export.rewrites.folding import drop_nan_guards_
 
 
 def shape_attention_(model: ir.Model) -> int:
     """Rewrite every attention of the graph; returns how many rewrites were made."""
-    graph = model.graph
-    changed = 0
-    for node in list(graph):
+    changed = drop_nan_guards_(model)
+    RemoveUnusedNodesPass()(model)
+    for node in list(model.graph):
         if node.op_type == "Softmax":
-            changed += _drop_nan_guard(graph, node)
-            changed += _scale_first(graph, node)
+            changed += _scale_first(model.graph, node)
     return changed
-
-
-def _drop_nan_guard(graph: ir.Graph, softmax: ir.Node) -> int:
-    """Remove Where(IsNaN(p), 0, p): masks are finite here, so that no row of logits makes a NaN."""
-    p = softmax.outputs[0]
-    guards = [user for user, _ in p.uses() if user.op_type == "IsNaN"]
-    for guard in guards:
-        for where, index in list(guard.outputs[0].uses()):
-            if where.op_type == "Where" and index == 0 and where.inputs[2] is p:
-                ir.convenience.replace_all_uses_with(where.outputs[0], p)
-                graph.remove(where, safe=True)
-        if not guard.outputs[0].uses():
-            graph.remove(guard, safe=True)
-    return len(guards)
 
 
 def _scale_first(graph: ir.Graph, softmax: ir.Node) -> int:

@@ -43,11 +43,6 @@ def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
     return node if node is not None and node.op_type in operators else None
 
 
-def only_used_once(value: ir.Value) -> bool:
-    """Whether exactly one input of one node reads a value, and the graph does not return it."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
-
-
 def commuted(node: ir.Node) -> tuple[tuple[ir.Value | None, ir.Value | None], ...]:
     """Return both orders of the inputs of a commutative node."""
     a, b = node.inputs[:2]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from quantvla.export.rewrites.graph import Editor, constant, made_by, scalar, shape_of
+from quantvla.export.rewrites.graph import Editor, made_by, scalar, shape_of
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -175,11 +175,6 @@ def _runs(flat: tuple[int, ...], order: tuple[int, ...]) -> list[tuple[int, ...]
         else:
             runs.append((factor,))
     return runs
-
-
-def is_constant_shape(node: ir.Node) -> bool:
-    """Whether the shape a Reshape or Expand is given is stored in the graph."""
-    return constant(node.inputs[1]) is not None
 
 
 def layout_node(value: ir.Value | None) -> ir.Node | None:
