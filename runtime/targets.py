@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from quantvla.runtime.errors import explain, nearest
 
+UNVERIFIED = "unverified: written from memory, the source was not opened"
+
 _AMPERE = ("fp16", "bf16", "int8", "int4")
 FORMATS: Mapping[int, tuple[str, ...]] = {
-    75: ("fp16", "int8", "int4"),
+    75: ("fp16",),
     80: _AMPERE,
     86: _AMPERE,
     87: _AMPERE,
@@ -24,7 +26,8 @@ FORMATS: Mapping[int, tuple[str, ...]] = {
 }
 """Compute capability (major * 10 + minor) -> formats TensorRT multiplies matrices in; int4 is weight-only.
 
-NVIDIA TensorRT support matrix, "Hardware and precision"; INT4 and FP4 as in "Working with quantized types".
+SM75, 86, 89, 120, 121: compared with the TensorRT-RTX 1.5 support matrix, which has no integer products on
+SM75. SM80, 87, 110: unverified, written from memory of the TensorRT support matrix.
 """
 
 FORMAT_BITS: Mapping[str, int] = {
@@ -37,7 +40,7 @@ class Target:
     """A TensorRT and the GPUs it builds for.
 
     ``version`` is the least (major, minor) of ``library`` that the graphs are written for, ``opset``
-    the newest ONNX opset its parser reads.
+    the newest ONNX opset its parser reads; ``verified``: what the library version was compared with.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Target:
     compute_capabilities: tuple[int, ...]
     system: str
     source: str
+    verified: str = UNVERIFIED
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Board:
     """A product. Rates are dense (no sparsity): ``peak_tera_per_s`` multiply-adds count as two operations.
 
     ``memory_gb`` and ``bandwidth_gb_s`` in 10^9 bytes; ``launch_us`` is the time that one more kernel
-    costs inside a CUDA graph.
+    costs inside a CUDA graph, an assumption that nobody publishes. ``source`` says where the vendor gives the
+    rates, ``verified`` what they were really compared with.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Board:
     peak_tera_per_s: Mapping[str, float]
     launch_us: float
     source: str
+    verified: str = UNVERIFIED
 
     def peak(self, number_format: str) -> float:
         """Return the dense peak in operations per second; int4 weights are multiplied in fp16."""
@@ -85,6 +91,7 @@ TARGETS: Mapping[str, Target] = {
         Target(
             "jetson-orin", "tensorrt", (10, 3), 21, (87,), "JetPack 6 (6.1, 6.2), Python 3.10",
             "NVIDIA JetPack 6.2 release notes: TensorRT 10.3",
+            "TensorRT 10.3 by Torch-TensorRT's page on JetPack 6.1 and 6.2; opset unverified",
         ),
         Target(
             "jetson-thor", "tensorrt", (10, 13), 23, (110,), "JetPack 7, Python 3.12",
@@ -93,6 +100,7 @@ TARGETS: Mapping[str, Target] = {
         Target(
             "rtx", "tensorrt_rtx", (1, 7), 23, (75, 80, 86, 89, 120, 121), "desktop, Linux or Windows",
             "tensorrt_rtx 1.7: members of ComputeCapability",
+            "read from the library, 1.7.1; opset unverified",
         ),
     )
 }  # fmt: skip
@@ -104,6 +112,7 @@ BOARDS: Mapping[str, Board] = {
         Board(
             "agx-orin-64", "Jetson AGX Orin 64 GB (MAXN)", "jetson-orin", 87, 64, 204.8,
             {"fp32": 5.3, "fp16": 42.5, "bf16": 42.5, "int8": 85}, 3.0, _ORIN,
+            "fp32 and int8 with a third party's digest of the brief; bandwidth, fp16 and bf16 unverified",
         ),
         Board(
             "orin-nx-16", "Jetson Orin NX 16 GB (25 W)", "jetson-orin", 87, 16, 102.4,
@@ -114,11 +123,13 @@ BOARDS: Mapping[str, Board] = {
             "orin-nano-8", "Jetson Orin Nano 8 GB (MAXN Super)", "jetson-orin", 87, 8, 102.0,
             {"fp32": 2.1, "fp16": 17, "bf16": 17, "int8": 33}, 3.0,
             "NVIDIA Jetson Orin Nano Super developer kit: 33 dense INT8 TOPS, 17 FP16 TFLOPS",
+            "int8 (67 sparse, halved) and bandwidth with a third party's table; fp32, fp16, bf16 unverified",
         ),
         Board(
             "agx-thor", "Jetson AGX Thor T5000", "jetson-thor", 110, 128, 273,
             {"fp32": 8.0, "fp16": 258, "bf16": 258, "int8": 517, "fp8": 517, "nvfp4": 1035}, 2.0,
             "NVIDIA Jetson Thor data sheet: 2070 sparse FP4 TFLOPS, halved for dense and for each wider format",
+            "nvfp4 (2070 sparse, halved) with third parties; bandwidth and every other rate unverified",
         ),
         Board(
             "rtx-3090", "GeForce RTX 3090", "rtx", 86, 24, 936,
@@ -129,11 +140,13 @@ BOARDS: Mapping[str, Board] = {
             "rtx-4090", "GeForce RTX 4090", "rtx", 89, 24, 1008,
             {"fp32": 82.6, "fp16": 165.2, "bf16": 165.2, "int8": 660.6, "fp8": 330.3}, 2.0,
             "NVIDIA Ada GPU architecture whitepaper, appendix A: FP16 and FP8 with FP32 accumulation",
+            "memory, bandwidth and all rates with a third party's table (waredb.com)",
         ),
         Board(
             "rtx-5090", "GeForce RTX 5090", "rtx", 120, 32, 1792,
             {"fp32": 104.8, "fp16": 209.5, "bf16": 209.5, "int8": 838, "fp8": 419, "nvfp4": 1676}, 2.0,
             "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A: FP16 and FP8 with FP32 accumulation",
+            "memory, bandwidth, fp32, fp16, nvfp4 with third parties' tables; bf16, fp8 and int8 unverified",
         ),
     )
 }  # fmt: skip

@@ -123,7 +123,7 @@ def print_estimate(found: Estimate) -> None:
     console.print(table)
     console.print(
         f"roofline at {COMPUTE_SHARE:.0%} of peak arithmetic and {BANDWIDTH_SHARE:.0%} of bandwidth, "
-        f"{board.launch_us:g} us a kernel; without preprocessing"
+        f"{board.launch_us:g} us a kernel (assumed); without preprocessing\nrates of the board: {board.verified}"
     )
 
 

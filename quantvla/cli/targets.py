@@ -27,25 +27,34 @@ def targets(as_json: bool) -> None:
 
 def _targets() -> Table:
     table = Table(title="targets")
-    for column in ("target", "library", "ONNX opset", "GPUs: formats", "system", "source"):
+    for column in (
+        "target",
+        "library",
+        "ONNX opset",
+        "GPUs: formats",
+        "system",
+        "source",
+        "verified",
+    ):
         table.add_column(column, overflow="fold")
     for target in TARGETS.values():
         table.add_row(
             target.name, f"{target.library} >= {'.'.join(map(str, target.version))}", str(target.opset),
             "\n".join(f"SM{sm}: {' '.join(formats_of(sm))}" for sm in target.compute_capabilities),
-            target.system, target.source,
+            target.system, target.source, target.verified,
         )  # fmt: skip
     return table
 
 
 def _boards() -> Table:
     table = Table(title="boards: 10^12 operations per second, dense")
-    for column in ("board", "target", "GPU", "GB", "GB/s", "peak by format", "source"):
+    for column in ("board", "target", "GPU", "GB", "GB/s", "peak by format", "source", "verified"):
         table.add_column(column, overflow="fold")
     for board in BOARDS.values():
         table.add_row(
             board.name, board.target, f"SM{board.compute_capability}", f"{board.memory_gb:g}",
             f"{board.bandwidth_gb_s:g}",
             " ".join(f"{name} {rate:g}" for name, rate in board.peak_tera_per_s.items()), board.source,
+            board.verified,
         )  # fmt: skip
     return table

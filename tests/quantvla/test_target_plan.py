@@ -102,6 +102,7 @@ def test_the_tables_agree_with_each_other() -> None:
         assert boards_of(target.name) and set(target.compute_capabilities) <= FORMATS.keys()
     for board in BOARDS.values():
         assert board.compute_capability in TARGETS[board.target].compute_capabilities
+        assert board.verified
         assert board.source and set(board.peak_tera_per_s) - {"fp32"} <= set(
             formats_of(board.compute_capability)
         )
