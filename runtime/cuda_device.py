@@ -77,7 +77,7 @@ class CudaDevice:
     """Device 0 through cuda-python."""
 
     def __init__(self) -> None:
-        self._cuda = _bindings()
+        self._cuda = cuda_bindings()
         self._pinned: dict[int, Any] = {}
         self._call("cudaSetDevice", 0)
 
@@ -144,8 +144,8 @@ class CudaDevice:
         return results[0] if results else None
 
 
-def _bindings() -> Any:
-    """Return cuda-python's runtime bindings, of its new layout or the one before 12.6."""
+def cuda_bindings() -> Any:
+    """Return cuda-python's runtime bindings, of its new layout or the one before 12.6; raises `QuantVLAError`."""
     for name in ("cuda.bindings.runtime", "cuda.cudart"):
         try:
             return importlib.import_module(name)

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from quantvla.runtime.cuda_device import cuda_bindings
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.gpu import Gpu, find_gpu
 from quantvla.runtime.manifest import Manifest, check_files, read_manifest
@@ -142,18 +143,16 @@ def _target_of(gpu: Gpu | None) -> Target | None:
 
 
 def _cuda_python() -> Check:
-    for name in ("cuda.bindings.runtime", "cuda.cudart"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue
-        return Check("cuda-python", "ok", name)
-    return Check(
-        "cuda-python",
-        "fail",
-        "not installed",
-        "pip install cuda-bindings of your CUDA's major version",
-    )
+    try:
+        bindings = cuda_bindings()
+    except QuantVLAError as error:
+        return Check(
+            "cuda-python",
+            "fail",
+            str(error),
+            "pip install cuda-bindings of your CUDA's major version",
+        )
+    return Check("cuda-python", "ok", bindings.__name__)
 
 
 def _tensorrt(target: Target) -> Check:

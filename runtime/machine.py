@@ -87,5 +87,5 @@ def available_memory_bytes() -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     except OSError:
-        pass
+        return None
     return None
