@@ -8,7 +8,7 @@ DequantizeLinear at the weight. TensorRT folds the pairs into its quantized kern
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -87,7 +87,7 @@ class _Writer:
             return self._nodes
         x = self._half_input(source)
         if site.format == "int4":
-            weight = self._int4(site)
+            x, weight = self._as_rows(x), self._int4(site)
         else:
             weight = self._constant(
                 site.site, "weight", _array(site.weight).T.astype(self._numpy), self._half
@@ -98,9 +98,36 @@ class _Writer:
     def _half_input(self, source: ir.Value) -> ir.Value:
         return self._add("Cast", [source], source.shape, self._half, "input", to=self._half.value)
 
+    def _as_rows(self, x: ir.Value) -> ir.Value:
+        """Return ``x`` as a matrix (tokens, in).
+
+        tensorrt_rtx 1.7 fuses the int4 weight into products of matrices; into a product of a batch
+        whose input comes from a transpose (attention's) it does not, and widens the weight in a
+        kernel of its own at every run.
+        """
+        assert x.shape is not None
+        dims = [int(dim) for dim in x.shape.numpy()]
+        if len(dims) == 2:
+            return x
+        rows = (int(np.prod(dims[:-1])), dims[-1])
+        return self._reshape(x, rows, "rows")
+
+    def _reshape(self, x: ir.Value, dims: Sequence[int], what: str) -> ir.Value:
+        name = f"{self._name}.{what}_shape"
+        shape = ir.Value(
+            name=name, shape=ir.Shape((len(dims),)), type=ir.TensorType(ir.DataType.INT64),
+            const_value=ir.tensor(np.array(dims, np.int64), name=name),
+        )  # fmt: skip
+        self._graph.register_initializer(shape)
+        return self._add("Reshape", [x, shape], ir.Shape(tuple(dims)), self._half, what)
+
     def _product(self, site: TargetSite, x: ir.Value, weight: ir.Value) -> None:
         old = self._mark.outputs[0]
-        out = self._add("MatMul", [x, weight], old.shape, self._half, "")
+        assert old.shape is not None and x.shape is not None
+        made = ir.Shape((*x.shape.numpy()[:-1], old.shape.numpy()[-1]))
+        out = self._add("MatMul", [x, weight], made, self._half, "")
+        if made != old.shape:
+            out = self._reshape(out, [int(dim) for dim in old.shape.numpy()], "batch")
         if site.bias is not None:
             bias = site.bias.detach().float().numpy().astype(self._numpy)
             bias_value = self._constant(site.site, "bias", bias, self._half)

@@ -132,6 +132,9 @@ def _problem(entry: PlanEntry, number_format: str) -> str:
         return f"int4 needs weights on a 4-bit grid, the site has {entry.scheme.weight_bits} bits"
     if number_format == "int4" and (block not in INT4_BLOCKS or entry.in_features % block):
         return f"int4 needs blocks of {' '.join(map(str, INT4_BLOCKS))}, the site has {block}"
+    if number_format == "int4" and entry.in_features == block:
+        # tensorrt_rtx 1.7 widens such a weight in a kernel of its own at every run
+        return f"int4 needs two blocks or more, the site has one of {block}"
     if number_format in ("int8", "fp8") and (entry.in_features % 4 or entry.out_features % 4):
         return f"{number_format} products need dimensions divisible by 4"
     return ""

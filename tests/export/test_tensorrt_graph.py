@@ -17,7 +17,10 @@ from quantvla.export.tensorrt_rules import check_graph
 from quantvla.export.tensorrt_sites import fp8_tensor, integer_columns
 from quantvla.families.base import Stage
 from quantvla.runtime.errors import QuantVLAError
+from quantvla.runtime.site_formats import SiteFormat
 from quantvla.runtime.targets import TARGETS, formats_of
+from quantvla.runtime.tensorrt_layers import layers_of_listing, site_results
+from quantvla.runtime.tensorrt_library import BuildMessages, load_library, make_logger
 from quantvla.statistics import SiteStatistics
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -149,6 +152,44 @@ def test_int4_codes_are_multiplied_as_they_are_stored(stage: Stage, tmp_path: Pa
         for name, linear in linears.items():
             linear.weight.copy_(kept[name])
     assert np.linalg.norm(found - expected) <= 0.003 * np.linalg.norm(expected)
+
+
+def test_int4_products_are_products_of_matrices(graphs: dict[str, ir.Model]) -> None:
+    """Else tensorrt_rtx widens the weight in a kernel of its own: the build below would list it."""
+    nodes = [n for n in graphs["int4"].graph if n.name in block.SITES]
+    assert len(nodes) == len(block.SITES)
+    for node in nodes:
+        assert [len(v.shape) for v in (*node.inputs, *node.outputs)] == [2, 2, 2]  # type: ignore[arg-type, union-attr]
+
+
+def _listing(path: Path, compute_capability: int) -> str:
+    library, messages = load_library("tensorrt_rtx"), BuildMessages()
+    trt, logger = library.trt, make_logger(library, messages)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse_from_file(str(path)), messages.errors
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{compute_capability}"), 0)
+    assert builder.build_serialized_network(network, config) is not None, messages.errors
+    return messages.layers
+
+
+@pytest.mark.parametrize(
+    ("number_format", "compute_capability"),
+    [("fp16", 86), ("int8", 86), ("int4", 86), ("int4", 120), ("fp8", 89)],
+)
+def test_tensorrt_runs_every_linear_of_the_block_in_its_format(
+    graphs: dict[str, ir.Model], tmp_path: Path, number_format: str, compute_capability: int
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    spec = block.write(graphs[number_format], tmp_path)
+    sites = tuple(SiteFormat(n, "prefix", n, number_format, 0, "") for n in block.SITES)
+    listing = _listing(tmp_path / spec.file, compute_capability)
+    results = site_results(sites, layers_of_listing(listing))
+    assert [r for r in results if not r.kept] == []
+    assert "_gemm_mha" in listing, "attention is not fused"
 
 
 def test_smoothing_beats_one_plain_scale_where_a_channel_is_loud() -> None:

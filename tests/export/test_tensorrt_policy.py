@@ -81,6 +81,18 @@ def test_tensorrt_keeps_the_format_of_every_linear(engine: Path) -> None:
     assert all(site.kept for plan in record.stages for site in plan.sites)
 
 
+def test_tensorrt_runs_every_linear_on_a_4_bit_grid_weight_only(
+    source: SourcePolicy, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plan = plan_for_gpu(source.loaded, source.plan, GpuOptions("rtx", None, "fp16", "int4"))
+    export_tensorrt(source, plan, {}, tmp_path / "engine")
+    record = build_engine(tmp_path / "engine", BuildOptions(compute_capability=89))
+    assert all(site.kept for stage in record.stages for site in stage.sites)
+    assert {entry.format for entry in plan.entries} == {"fp16", "int4"}
+    assert all("one of 32" in entry.reason for entry in plan.refused)
+
+
 def test_onnx_runtime_confirms_the_numbers_of_the_policy(
     engine: Path, source: SourcePolicy, tiny_size: Any
 ) -> None:

@@ -80,6 +80,13 @@ def test_a_format_can_be_asked_for() -> None:
     assert format_ == "fp16" and "8 bits" in reason
 
 
+def test_a_weight_of_a_single_block_is_not_planned_in_int4() -> None:
+    plan = Plan("r", (entry("a", W4A8, width=32), entry("b", W4A8, width=64)))
+    made = plan_target(plan, {"a": 1, "b": 1}, TARGETS["jetson-orin"], ORIN, precision="int4")
+    assert [e.format for e in made.entries] == ["fp16", "int4"]
+    assert "two blocks or more" in made.entries[0].reason
+
+
 def test_what_a_board_cannot_run_is_refused() -> None:
     with pytest.raises(QuantVLAError, match=r"fp8 on Jetson AGX Orin.*choose one of fp16, bf16"):
         planned(W4A8, 1, precision="fp8")
