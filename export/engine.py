@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import structs
@@ -12,6 +12,8 @@ from quantvla.export import lowering_cpu
 from quantvla.export.graphs import save_graph
 from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
+from quantvla.export.native import derive_native
+from quantvla.export.panels import store_panels_
 from quantvla.export.rewrite_report import (
     REWRITES_FILE,
     StageRewrites,
@@ -20,7 +22,7 @@ from quantvla.export.rewrite_report import (
 )
 from quantvla.export.rewrites import FUSE_CPU, Rewrite
 from quantvla.export.source import SourcePolicy, load_source
-from quantvla.export.stages import build_graphs
+from quantvla.export.stages import StageGraph, build_graphs
 from quantvla.families.base import LoadedPolicy, replaced
 from quantvla.progress import Progress
 from quantvla.quantized_linear import QuantizedLinear
@@ -40,6 +42,8 @@ Lowering = Callable[[str, QuantizedLinear], nn.Module]
 TARGETS: dict[str, Lowering] = {"cpu": lowering_cpu.lower}
 FUSIONS: dict[str, tuple[Rewrite, ...]] = {"cpu": FUSE_CPU}
 """Rewrites into operators that only this target has; the others get standard operators."""
+OWN_KERNELS = ("cpu",)
+"""Targets that `runtime/kernels` is for."""
 
 
 def export_engine(
@@ -49,12 +53,14 @@ def export_engine(
     *,
     overwrite: bool = False,
     guidance: bool = False,
+    own_kernels: bool = True,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Manifest:
     """Write the engine of a checkpoint for ``target`` to ``output``, whole or not at all.
 
     A LeRobot checkpoint gives the float engine, a quantized checkpoint the integer one.
-    ``guidance`` adds the graph for guided real-time chunking.
+    ``guidance`` adds the graph for guided real-time chunking. Without ``own_kernels`` there are only
+    graphs of the engine library's operators.
     """
     if target not in TARGETS:
         raise explain(f"target {target!r}", "unknown", remedy=nearest(target, TARGETS))
@@ -71,6 +77,7 @@ def export_engine(
             FUSIONS.get(target, ()),
             progress,
             keep=[spec.name for spec in context],
+            own_kernels=own_kernels and target in OWN_KERNELS,
         )
         guided = export_guidance(directory, loaded) if guidance else None
         for name, content in loaded.interface.files.items():
@@ -98,26 +105,45 @@ def _write_stages(
     fusions: tuple[Rewrite, ...],
     progress: Progress,
     keep: Sequence[str] = (),
+    own_kernels: bool = True,
 ) -> tuple[StageSpec, ...]:
+    blocks = {
+        name: module.quantized.block
+        for name, module in loaded.policy.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
     with replaced(loaded.policy, lowered(loaded, lower)):
         graphs = build_graphs(loaded.stages, loaded.interface.sampler, fusions, progress, keep=keep)
-    specs, rewrites = [], []
-    for graph in graphs:
-        unfused = unfused_attention(graph.model) if fusions else ()
-        rewrites.append(StageRewrites(graph.name, dict(graph.applied), unfused))
-        store_half_scales_(graph.model)
-        file, *_ = save_graph(graph.model, directory / f"{graph.name}.onnx")
-        specs.append(
-            StageSpec(
-                name=graph.name,
-                file=file,
-                repeat=graph.repeat,
-                inputs=graph.inputs,
-                outputs=graph.outputs,
-            )
+    rewrites = [
+        StageRewrites(
+            graph.name, dict(graph.applied), unfused_attention(graph.model) if fusions else ()
         )
+        for graph in graphs
+    ]
     (directory / REWRITES_FILE).write_bytes(encode_rewrites(rewrites))
-    return tuple(specs)
+    return tuple(
+        _write_stage(directory, graph, blocks if own_kernels else None) for graph in graphs
+    )
+
+
+def _write_stage(directory: Path, graph: StageGraph, blocks: Mapping[str, int] | None) -> StageSpec:
+    """Write a stage's graph and, with ``blocks`` (of the integer sites), the one of own operators."""
+    integer = blocks is not None and store_panels_(graph.model, blocks) > 0
+    store_half_scales_(graph.model)
+    file, *_ = save_graph(graph.model, directory / f"{graph.name}.onnx")
+    native, attention = "", 0
+    if integer:
+        native = f"{graph.name}.native.onnx"
+        _, attention = derive_native(directory / file, directory / native, bfloat16_attention=True)
+    return StageSpec(
+        name=graph.name,
+        file=file,
+        repeat=graph.repeat,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        native=native,
+        native_attention=attention > 0,
+    )
 
 
 def make_manifest(

@@ -8,15 +8,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from quantvla.export.kernels import INT8_ACCURACY_LEVEL, KERNELS, MATMUL_NBITS
+from quantvla.export.kernels import (
+    DYNAMIC_MATMUL,
+    INT8_ACCURACY_LEVEL,
+    INTEGER_LINEAR,
+    KERNELS,
+    site_name,
+)
+from quantvla.export.panels import from_panels
+from quantvla.export.rewrites.graph import shape_of
 from quantvla.quantizer import QuantizedWeight, unpack_codes
 from quantvla.runtime.errors import explain
+from quantvla.runtime.kernels import graph_file
 from quantvla.runtime.manifest import Manifest
 
 
@@ -35,7 +46,7 @@ def integer_sites(directory: Path, manifest: Manifest) -> Iterator[IntegerSite]:
     """Yield every integer linear of an engine, in graph order."""
     sites = set()
     for stage in manifest.stages:
-        model = ir.load(directory / stage.file)
+        model = ir.load(directory / graph_file(stage))
         for node in model.graph:
             if node.op_type in KERNELS:
                 found = _read(node, stage.name)
@@ -44,52 +55,57 @@ def integer_sites(directory: Path, manifest: Manifest) -> Iterator[IntegerSite]:
                     yield found
 
 
-def site_name(node: ir.Node) -> str:
-    """Return the site an integer kernel stands for, from the name of its weight."""
-    weight = node.inputs[KERNELS[node.op_type].weight]
-    name = (weight.name if weight is not None else None) or ""
-    return name.removeprefix("policy.").removesuffix(".qweight")
-
-
 def _read(node: ir.Node, stage: str) -> IntegerSite:
     kernel = KERNELS[node.op_type]
-    codes, scales = _constant(node, kernel.weight), _constant(node, kernel.scales)
+    codes, scales = _stored(node, kernel.weight), _stored(node, kernel.scales)
     has_bias = len(node.inputs) > kernel.bias and node.inputs[kernel.bias] is not None
     return IntegerSite(
         site=site_name(node),
         stage=stage,
-        weight=_weight(node, _tensor(codes), _tensor(scales).half()),
+        weight=_weight(
+            node,
+            _tensor(_constant(node, kernel.weight)),
+            _tensor(_constant(node, kernel.scales)).half(),
+        ),
         bias=_tensor(_constant(node, kernel.bias)) if has_bias else None,
         stored_bytes=codes.nbytes + scales.nbytes,
     )
 
 
 def _weight(node: ir.Node, codes: Tensor, scales: Tensor) -> QuantizedWeight:
-    if node.op_type != MATMUL_NBITS.operator:
+    if node.op_type == DYNAMIC_MATMUL.operator:
         return QuantizedWeight(
             codes.t().contiguous(), scales.view(-1, 1), bits=8, block=codes.shape[0],
             inputs="uint8_tensor",
         )  # fmt: skip
     bits = node.attributes["bits"].as_int()
+    if node.op_type == INTEGER_LINEAR.operator:
+        rows = _tensor(from_panels(codes.numpy()))
+        scales = scales.transpose(1, 2).reshape(rows.shape[0], -1)
+        return QuantizedWeight(
+            unpack_codes(rows, bits), scales.contiguous(), bits, node.attributes["block"].as_int()
+        )
     int8 = node.attributes["accuracy_level"].as_int() == INT8_ACCURACY_LEVEL
     return QuantizedWeight(
-        codes=unpack_codes(codes.view(codes.shape[0], -1), bits),
-        scales=scales,
+        codes=unpack_codes(codes.reshape(codes.shape[0], -1), bits),
+        scales=scales.reshape(codes.shape[0], -1),
         bits=bits,
         block=node.attributes["block_size"].as_int(),
         inputs="int8_block" if int8 else "float",
     )
 
 
-def _tensor(constant: ir.TensorProtocol) -> Tensor:
-    return torch.from_numpy(np.array(constant.numpy()))
+def _tensor(content: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(content))
 
 
-def _constant(node: ir.Node, index: int) -> ir.TensorProtocol:
+def _stored(node: ir.Node, index: int) -> ir.TensorProtocol:
+    """Return the tensor in the file that an input is, or is computed from by layout nodes."""
     value = node.inputs[index]
-    if value is not None and value.const_value is None:
-        producer = value.producer()
-        value = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
+    while (
+        value is not None and value.const_value is None and (made := value.producer()) is not None
+    ):
+        value = made.inputs[0]
     if value is None or value.const_value is None:
         raise explain(
             node.name or node.op_type,
@@ -97,3 +113,26 @@ def _constant(node: ir.Node, index: int) -> ir.TensorProtocol:
             remedy="export again",
         )
     return value.const_value
+
+
+def _constant(node: ir.Node, index: int) -> NDArray[Any]:
+    """Return the content of an input, with the layout nodes between it and the file applied."""
+    content = _stored(node, index).numpy()
+    value, nodes = node.inputs[index], []
+    while (
+        value is not None and value.const_value is None and (made := value.producer()) is not None
+    ):
+        nodes.append(made)
+        value = made.inputs[0]
+    for made in reversed(nodes):
+        if made.op_type == "Transpose":
+            content = content.transpose(made.attributes["perm"].as_ints())
+        elif made.op_type in ("Reshape", "Expand"):
+            shape = shape_of(made.outputs[0])
+            assert shape is not None
+            content = (
+                content.reshape(shape)
+                if made.op_type == "Reshape"
+                else np.broadcast_to(content, shape)
+            )
+    return content

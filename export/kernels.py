@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+import onnx_ir as ir
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator of the domain ``com.microsoft``; input 0 is the activation.
+    """One operator; input 0 is the activation.
 
     ``weight``, ``scales`` and ``bias`` are the positions of these inputs.
     """
@@ -20,6 +23,39 @@ class Kernel:
 
 MATMUL_NBITS = Kernel("MatMulNBits", weight=1, scales=2, bias=5)
 DYNAMIC_MATMUL = Kernel("DynamicQuantizeMatMul", weight=1, scales=2, bias=4)
-KERNELS = {kernel.operator: kernel for kernel in (MATMUL_NBITS, DYNAMIC_MATMUL)}
 INT8_ACCURACY_LEVEL = 4  # MatMulNBits: inputs are quantized to int8 per token and block
 FLOAT_ACCURACY_LEVEL = 1  # MatMulNBits: inputs stay float32
+
+
+# The project's own operators (runtime/kernels), domain "quantvla".
+NATIVE_DOMAIN = "quantvla"
+INTEGER_LINEAR = Kernel("IntegerLinear", weight=1, scales=2, bias=3)
+KERNELS = {kernel.operator: kernel for kernel in (MATMUL_NBITS, DYNAMIC_MATMUL, INTEGER_LINEAR)}
+OTHER_INPUT = 4  # of IntegerLinear: what `Combine` adds or multiplies
+
+
+class Activation(Enum):
+    """What ``IntegerLinear`` applies to its sums; numbered as in runtime/kernels/linear.h."""
+
+    NONE = 0
+    GELU_TANH = 1
+    SILU = 2
+
+
+class Combine(Enum):
+    """How ``IntegerLinear`` takes a last tensor in; numbered as in runtime/kernels/linear.h."""
+
+    NONE = 0
+    ADD = 1
+    MULTIPLY = 2
+
+
+def site_name(node: ir.Node) -> str:
+    """Return the site an integer kernel stands for, from the name of its stored weight."""
+    value = node.inputs[KERNELS[node.op_type].weight]
+    while (
+        value is not None and value.const_value is None and (made := value.producer()) is not None
+    ):
+        value = made.inputs[0]
+    name = (value.name if value is not None else None) or ""
+    return name.removeprefix("policy.").removesuffix(".qweight")

@@ -61,6 +61,9 @@ class _KernelLinear(nn.Module):
 class MatMulNBitsLinear(_KernelLinear):
     """Exports as ``MatMulNBits``.
 
+    The operator's blocks are powers of two up to 256; a larger block of the scheme is several of its
+    blocks with the same scale, and its inputs are then rounded per smaller block, that is finer.
+
     ``qweight``: (out, in / block, bytes of a block) uint8, see `pack_codes`; ``scales``:
     (out, in / block) float32 holding half-precision values.
     """
@@ -68,16 +71,22 @@ class MatMulNBitsLinear(_KernelLinear):
     def __init__(self, linear: QuantizedLinear) -> None:
         weight = linear.quantized
         packed = pack_codes(weight.codes, weight.bits)
-        blocks = weight.scales.shape[1]
-        super().__init__(linear, packed.view(packed.shape[0], blocks, -1), weight.scales.float())
+        block = operator_block(weight.block)
+        scales = weight.scales.float().repeat_interleave(weight.block // block, dim=1)
+        super().__init__(linear, packed.view(packed.shape[0], scales.shape[1], -1), scales)
         self._attributes: Attributes = {
             "K": self.in_features, "N": self.out_features, "bits": weight.bits,
-            "block_size": weight.block,
+            "block_size": block,
             "accuracy_level": FLOAT_ACCURACY_LEVEL if weight.inputs == "float" else INT8_ACCURACY_LEVEL,
         }  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return self.node(MATMUL_NBITS.operator, x, MATMUL_NBITS.bias, self._attributes)
+
+
+def operator_block(block: int) -> int:
+    """Return the largest block that ``MatMulNBits`` takes and that divides ``block``."""
+    return min(block & -block, 256)
 
 
 class DynamicMatMulLinear(_KernelLinear):
@@ -107,7 +116,7 @@ def lower(site: str, linear: QuantizedLinear) -> nn.Module:
         )
     if inputs == "uint8_tensor" and bits == 8:
         return DynamicMatMulLinear(linear)
-    if inputs != "uint8_tensor" and bits in (4, 8):
+    if inputs != "uint8_tensor" and bits in (4, 8) and operator_block(linear.quantized.block) >= 16:
         return MatMulNBitsLinear(linear)
     raise explain(
         site,

@@ -7,6 +7,7 @@ small product it takes 6 us, against 9 us for binding anew and 39 us for OrtValu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from quantvla.runtime import kernels
 from quantvla.runtime.errors import explain
 from quantvla.runtime.manifest import StageSpec, TensorSpec
 
@@ -33,9 +35,19 @@ class OnnxRuntimeBackend:
     provider: str
 
     def load(self, path: Path, stage: StageSpec, threads: int) -> OnnxRuntimeSession:
-        """Return the session of ``path``; raises `QuantVLAError` if it does not load or fit ``stage``."""
+        """Return the session of the stage whose graph is ``path``, or of its graph of own operators.
+
+        Raises `QuantVLAError` if it does not load or fit ``stage``.
+        """
         import onnxruntime
 
+        if kernels.graph_file(stage) == stage.native != "":
+            path = path.with_name(stage.native)
+        elif stage.native:
+            warnings.warn(
+                f"{path.parent}: integer linears run on {kernels.available().describe()}, slower",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
         if not path.is_file():
             raise explain(path, "graph is missing", remedy="copy the engine again")
         available = onnxruntime.get_available_providers()
@@ -46,7 +58,7 @@ class OnnxRuntimeBackend:
                 got=", ".join(available),
                 remedy="install the onnxruntime build that has it",
             )
-        options = onnxruntime.SessionOptions()
+        options = kernels.session_options()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Threads spin while their stage runs, and stop when it ends: the stages have a pool each,
@@ -82,7 +94,11 @@ class OnnxRuntimeBackend:
         """Return the version of ONNX Runtime."""
         import onnxruntime
 
-        return {"onnxruntime": onnxruntime.__version__}
+        found = kernels.available()
+        return {
+            "onnxruntime": onnxruntime.__version__,
+            "kernels": f"{found.describe()} {found.version}".strip(),
+        }
 
 
 class OnnxRuntimeSession:

@@ -44,3 +44,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     ${PIP_INDEX_URL:+--index-url "$PIP_INDEX_URL"} "openpi-client==0.1.2"
   echo "$wanted" > "$stamp"
 fi
+
+# The CPU kernels: rebuilt when their sources change; without a compiler engines run on ONNX Runtime's operators.
+.venv/bin/python runtime/kernels/build.py --if-changed || true

@@ -35,7 +35,8 @@ from quantvla.calib_sets.bundled import bundled_set
 from quantvla.calibrate import frame_noise
 from quantvla.checkpoint import install_
 from quantvla.export.graphs import save_graph
-from quantvla.export.integers import integer_sites, site_name
+from quantvla.export.integers import integer_sites
+from quantvla.export.kernels import site_name
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.quantizer import INT8_MAX, QuantizedWeight

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from quantvla.export.integers import IntegerSite
+from quantvla.export.kernels import Activation, Combine
 from quantvla.export.site_values import Probe, SiteValues
 from quantvla.fidelity.trajectories import Frame, Trajectory, visible
 from quantvla.progress import Progress
@@ -43,5 +45,19 @@ def kernel_errors(
 
 
 def _kernel_difference(values: SiteValues, site: IntegerSite) -> float:
-    expected = integer_linear(torch.from_numpy(values.x), site.weight, site.bias).numpy()
+    expected = _fused(
+        integer_linear(torch.from_numpy(values.x), site.weight, site.bias), values
+    ).numpy()
     return float(np.abs(values.y - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+
+
+def _fused(y: torch.Tensor, values: SiteValues) -> torch.Tensor:
+    """Return what a kernel makes of its linear layer's result ``y`` (..., out)."""
+    if values.activation is Activation.GELU_TANH:
+        y = functional.gelu(y, approximate="tanh")
+    elif values.activation is Activation.SILU:
+        y = functional.silu(y)
+    if values.other is None:
+        return y
+    other = torch.from_numpy(values.other)
+    return y + other if values.combine is Combine.ADD else y * other

@@ -14,6 +14,7 @@ from quantvla.export.engine import export_engine
 from quantvla.export.integers import integer_sites
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_file
+from quantvla.runtime.kernels import graph_file
 from quantvla.runtime.manifest import encode_manifest, read_manifest
 from quantvla.testing.smolvla import write_random_checkpoint
 from quantvla.verify import KernelError, Thresholds, _same_integers, verify
@@ -64,18 +65,15 @@ def test_a_wrong_kernel_is_noticed(
     """A bias added to one output, as a defect in a kernel or a rewrite would, must fail verification."""
     engine = tmp_path / "engine"
     export_engine(tiny_quantized, "cpu", engine)
-    path = engine / "denoise.onnx"
+    manifest = read_manifest(engine)
+    path = engine / graph_file(manifest.stages[-1])  # the one that runs here
     model = onnx.load(path)
     bias = next(t for t in model.graph.initializer if t.name.endswith("action_out_proj.bias"))
     bias.CopyFrom(
         onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.05), bias.name)
     )
     onnx.save(model, path)
-    manifest = read_manifest(engine)
-    (engine / "denoise.onnx.data").unlink(missing_ok=True)
-    files = {
-        name: sha256_file(engine / name) for name in manifest.files if (engine / name).is_file()
-    }
+    files = {name: sha256_file(engine / name) for name in manifest.files}
     import msgspec
 
     (engine / "manifest.json").write_bytes(

@@ -55,11 +55,11 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 def _copy_source(target: Path) -> Path:
     """Copy what a wheel is built from, so that building leaves nothing in the working tree."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     target.mkdir()
     for name in ("quantvla", "export", "runtime", "calib_sets"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, target / name)
     return target

@@ -1,0 +1,89 @@
+"""The project's own kernels: a library of operators for ONNX Runtime, where it is built and loads.
+
+Engines do not depend on it: a stage that has a graph of own operators (``StageSpec.native``) has one of
+ONNX Runtime's operators too, which runs where the library is missing, does not load or is switched
+off (environment variable ``QUANTVLA_KERNELS=off``), and on processors without bfloat16 products if the
+engine uses them. Which one it is stands in `available`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantvla.runtime.manifest import StageSpec
+
+LIBRARY = Path(__file__).parent / "libquantvla_kernels.so"
+SWITCH = "QUANTVLA_KERNELS"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The library on this machine.
+
+    ``library`` is None where it cannot be used, for the ``reason``. ``linear`` and ``attention`` name the
+    instruction sets that this processor gets ("" for attention: it has no bfloat16 products).
+    """
+
+    library: Path | None
+    reason: str = ""
+    linear: str = ""
+    attention: str = ""
+    version: str = ""
+
+    def describe(self) -> str:
+        """Return in words what runs integer linears here."""
+        if self.library is None:
+            return f"ONNX Runtime's ({self.reason})"
+        return f"own, {self.linear}" + (f", attention {self.attention}" if self.attention else "")
+
+
+def available() -> Kernels:
+    """Return what can be used here and why."""
+    return _load(LIBRARY, os.environ.get(SWITCH, ""))
+
+
+@lru_cache
+def _load(path: Path, switch: str) -> Kernels:
+    if switch == "off":
+        return Kernels(None, f"own kernels switched off by {SWITCH}")
+    if not path.is_file():
+        return Kernels(
+            None,
+            "own kernels are not built: python runtime/kernels/build.py, or install a wheel that has them",
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        for name in ("quantvla_kernels", "quantvla_attention", "quantvla_version"):
+            getattr(library, name).restype = ctypes.c_char_p
+        return Kernels(
+            path,
+            linear=library.quantvla_kernels().decode(),
+            attention=library.quantvla_attention().decode(),
+            version=library.quantvla_version().decode(),
+        )
+    except (OSError, AttributeError) as error:
+        return Kernels(None, f"own kernels do not load: {' '.join(str(error).split())}")
+
+
+def graph_file(stage: StageSpec) -> str:
+    """Return the file of the graph that runs here: of own operators if there is one and all are available."""
+    found = available()
+    usable = found.library is not None and (found.attention or not stage.native_attention)
+    return stage.native if stage.native and usable else stage.file
+
+
+def session_options() -> Any:
+    """Return ONNX Runtime's session options with the own operators registered where there are any."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    found = available()
+    if found.library is not None:
+        options.register_custom_ops_library(str(found.library))
+    return options

@@ -1,0 +1,35 @@
+// Attention in bfloat16: products of bfloat16 numbers, sums, maxima and exponentials in float32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace quantvla {
+
+// q (batch, queries, heads * dim), k (batch, keys, heads * dim), v like k, out like q; bias (1 or batch, 1 or heads,
+// queries, keys) or null is added to the scaled scores. dim is a multiple of 32.
+struct Attention {
+  const float *q, *k, *v, *bias;
+  float* out;
+  int batch, heads, queries, keys, dim;
+  size_t bias_batch, bias_head;  // elements from one batch or head of the bias to the next, 0 if shared
+  float scale;
+
+  int padded_keys() const { return (keys + 31) / 32 * 32; }
+  size_t packed_size() const { return static_cast<size_t>(padded_keys()) * dim * 2; }  // of one head: keys, values
+};
+
+constexpr int kQueryBlock = 48;
+
+struct AttentionKernels {
+  const char* name;
+  // Pack keys and values of head `index` (of batch * heads) to `packed`.
+  void (*pack)(const Attention&, int index, uint16_t* packed);
+  // Compute queries [begin, end) of head `index`, at most kQueryBlock.
+  void (*attend)(const Attention&, int index, const uint16_t* packed, int begin, int end);
+};
+
+// Null where the processor has no fast bfloat16 products.
+const AttentionKernels* attention_of_this_processor();
+
+}  // namespace quantvla
