@@ -18,6 +18,7 @@ from quantvla.cli.progress import progress_bar
 from quantvla.runtime.manifest import read_manifest
 
 FAILED = 1
+_CHUNK_LIMITS = {"kernel_share": "share", "kernel": "RMS"}
 
 
 @click.command()
@@ -81,15 +82,16 @@ def verify(
 
 
 def _chunk_row(report: verification.VerifyReport) -> tuple[str, str, str]:
-    kernel, limits = report.kernel, report.thresholds
+    kernel, limits, kept = report.kernel, report.thresholds, report.chunk_limits_kept
     if kernel.chunk_nrmse is None:
         return "  whole chunks", "not compared (--quantized not given)", ""
-    if kernel.share is None:
+    if kernel.share is None or kept is None:
         return "  whole chunks: relative RMS", f"{kernel.chunk_nrmse:.1e}", ""
+    within = " and ".join(_CHUNK_LIMITS[name] for name in kept) or "neither"
     return (
         "  whole chunks: relative RMS / its share of the quantization error",
         f"{kernel.chunk_nrmse:.2%} / {kernel.share:.1%}",
-        f"{limits.kernel_chunk:.1%} or {limits.kernel_share:.0%}",
+        f"{limits.kernel:.1%} or {limits.kernel_share:.0%}, kept: {within}",
     )
 
 
@@ -104,7 +106,9 @@ def _print(report: verification.VerifyReport) -> None:
         f"{limits.parity:.0e}",
     )
     table.add_row(
-        "kernel: integer kernels against reference, same input, max",
+        "kernel: integer kernels against reference, same input, max"
+        if report.integer_sites
+        else "kernel: no integers; whole chunks against PyTorch, max abs",
         f"{report.kernel.max_abs:.2e}",
         f"{limits.kernel:.0e}",
     )
@@ -143,4 +147,6 @@ def _print(report: verification.VerifyReport) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print("[green]pass[/]" if report.passed else "[red]fail[/]")
+    console.print(
+        "[green]pass[/]" if report.passed else f"[red]fail: {', '.join(report.failed)}[/]"
+    )

@@ -179,7 +179,7 @@ def _checkpoint_arm(
         raise explain(
             path,
             f"not the configuration of a chunk policy ({error})",
-            remedy="give a LeRobot checkpoint of a flow-matching policy such as smolvla",
+            remedy="give a LeRobot checkpoint of a flow-matching policy",
         ) from error
     features = config.input_features
     cameras = tuple(key for key, feature in features.items() if feature.type == "VISUAL")

@@ -15,7 +15,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "fidelity"
-MODULES = ("arm_result", "beds", "compiling", "fidelity_figures", "render", "run", "sweep")
+MODULES = (
+    "arm_result",
+    "beds",
+    "compiling",
+    "fidelity_figures",
+    "render",
+    "run",
+    "sweep",
+    "tables",
+)
 sys.path.insert(0, str(ROOT / "tests" / "evaluate"))
 
 from fake_simulator import FakeSimulator, arm, load  # noqa: E402
@@ -23,6 +32,7 @@ from fake_simulator import FakeSimulator, arm, load  # noqa: E402
 from quantvla.evaluate import closed_loop  # noqa: E402
 from quantvla.evaluate.results import TaskResult  # noqa: E402
 from quantvla.fidelity import recording  # noqa: E402
+from quantvla.recipe import bundled_recipes  # noqa: E402
 from quantvla.runtime.errors import QuantVLAError  # noqa: E402
 
 
@@ -203,8 +213,9 @@ def test_the_page_has_every_arm_and_every_number(
     page = render.page(records, swept, [], "What it says: nothing yet.")
     w4a8 = records[1]
     assert f"{100 * w4a8.compared.result.error.nrmse:.2f} %" in page
+    assert "not measured here: `all-w4a8`" in page and "`w4a8`" not in page
     assert "--perturb camera=0.1` on go, fetch" in page and "What it says" in page
-    assert render.format_success(w4a8.beds["hard"].success) in page
+    assert scripts["tables"].format_success(w4a8.beds["hard"].success) in page
     for png in (
         scripts["fidelity_figures"].size_png(records),
         scripts["fidelity_figures"].beds_png(records),
@@ -212,6 +223,10 @@ def test_the_page_has_every_arm_and_every_number(
         render.comparison_png(render.comparison(records)),
     ):
         assert png.startswith(b"\x89PNG")
+
+
+def test_every_bundled_recipe_has_its_place_on_the_page(scripts: dict[str, ModuleType]) -> None:
+    assert set(scripts["render"].ORDER) == {"float", *bundled_recipes()}
 
 
 def test_a_page_without_the_float_arm(scripts: dict[str, ModuleType], tmp_path: Path) -> None:

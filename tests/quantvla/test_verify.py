@@ -86,7 +86,8 @@ def test_a_wrong_kernel_is_noticed(
         float_engine=tiny_float_engine,
         quantized=tiny_quantized,
     )
-    assert not report.passed
+    assert not report.passed and "kernel chunks" in report.failed
+    assert report.chunk_limits_kept == ()
     assert report.kernel.share is not None and report.kernel.share > 0.5
 
 
@@ -97,10 +98,6 @@ def test_chunks_are_compared_with_the_checkpoint_of_the_same_integers_only(
     _same_integers(tiny_integer_engine, tiny_quantized, integers)
     with pytest.raises(QuantVLAError, match=r"has other integers than .*; give the quantized"):
         _same_integers(tiny_integer_engine, tiny_quantized, integers[1:])
-    apart = KernelError(1e-5, None, None, None)
-    assert apart.within(Thresholds()) and not KernelError(1e-2, None, None, None).within(
-        Thresholds()
-    )
 
 
 def test_another_checkpoint_is_refused(
@@ -130,6 +127,25 @@ def test_the_command_prints_the_agreed_json_and_exits_by_result(
     assert {"cosine_mean", "cosine_p5", "cosine_min", "nrmse"} <= found["quantization"].keys()
     failed = CliRunner().invoke(command, [*arguments, "--parity-threshold", "0"])
     assert failed.exit_code == 1 and json.loads(failed.stdout)["pass"] is False
+    assert json.loads(failed.stdout)["failed"] == ["parity"]
+    shown = CliRunner().invoke(command, [*arguments[:-1], "--parity-threshold", "0"])
+    assert "fail: parity" in shown.stdout and "no integers; whole chunks" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("nrmse", "share", "kept"),
+    [
+        (0.001, 0.5, ("kernel",)),
+        (0.01, 0.1, ("kernel_share",)),
+        (0.001, 0.1, ("kernel_share", "kernel")),
+        (0.01, 0.5, ()),
+        (None, None, None),
+    ],
+)
+def test_whole_chunks_pass_by_either_limit_which_is_named(
+    nrmse: float | None, share: float | None, kept: tuple[str, ...] | None
+) -> None:
+    assert KernelError(0.0, nrmse, nrmse, share).chunk_limits_kept(Thresholds()) == kept
 
 
 def test_thresholds_have_the_issue_values() -> None:
