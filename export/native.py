@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from quantvla.export.kernels import INTEGER_LINEAR, MATMUL_NBITS, NATIVE_DOMAIN, Activation, Combine
-from quantvla.export.rewrites.graph import Editor, commuted, made_by, only_used_once, shape_of
+from quantvla.export.rewrites.graph import Editor, commuted, made_by, shape_of
 
 _ATTENTION_WIDTH = 32  # a head is a multiple of this wide
 _LAYOUT = ("Reshape", "Transpose", "Expand", "Cast")
@@ -103,8 +103,13 @@ def _epilogue(value: ir.Value) -> _Epilogue:
     return found
 
 
+def _only_used_once(value: ir.Value) -> bool:
+    """Whether exactly one input of one node reads a value, and the graph does not return it."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
 def _only_reader(value: ir.Value, operator: str) -> ir.Node | None:
-    if not only_used_once(value):
+    if not _only_used_once(value):
         return None
     (node,) = value.consumers()
     return node if node.op_type == operator else None
@@ -117,7 +122,7 @@ def _silu(value: ir.Value) -> ir.Value | None:
         return None
     sigmoid = next((node for node in readers if node.op_type == "Sigmoid"), None)
     product = next((node for node in readers if node.op_type == "Mul"), None)
-    if sigmoid is None or product is None or not only_used_once(sigmoid.outputs[0]):
+    if sigmoid is None or product is None or not _only_used_once(sigmoid.outputs[0]):
         return None
     return product.outputs[0] if sigmoid.outputs[0] in product.inputs else None
 
