@@ -99,9 +99,15 @@ class WatchdogSection(_Section, frozen=True, kw_only=True):
 
 
 class LogSection(_Section, frozen=True, kw_only=True):
-    """Where the trace goes; without it there is none."""
+    """Where the trace goes; without it there is none. ``rerun``: the trace as a Rerun recording (.rrd) too."""
 
     trace: Path | None = None
+    rerun: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a recording without the trace that it is made from."""
+        if self.rerun is not None and self.trace is None:
+            raise ValueError("`rerun` is made from the trace: give `trace` too")
 
 
 class RunConfig(_Section, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from quantvla.rerun_recording import require_rerun, write_rerun
 from quantvla.robots.dry import DryRobot
 from quantvla.robots.opening import opened_robot, relative_actions, slow_observe
 from quantvla.run_config import GuardSection, RunConfig
@@ -20,7 +21,7 @@ from quantvla.runtime.control.guard import MotionGuard
 from quantvla.runtime.control.limits import Limits, limits_from_manifest, read_limits
 from quantvla.runtime.control.loop import ControlLoop, LoopOptions
 from quantvla.runtime.control.robot import Robot
-from quantvla.runtime.control.spec import build_cascade, build_strategy
+from quantvla.runtime.control.spec import build_strategy, opened_cascade
 from quantvla.runtime.control.strategy import Strategy
 from quantvla.runtime.control.trace import Header, TraceWriter
 from quantvla.runtime.control.urdf import read_urdf
@@ -53,6 +54,8 @@ class PreparedRun:
         if self.trace is None:
             return report
         self.trace.close()
+        if self.config.log.rerun is not None:
+            write_rerun(self.trace.path, self.config.log.rerun)
         return msgspec.structs.replace(report, trace_lost=self.trace.lost())
 
 
@@ -65,11 +68,17 @@ def prepared_run(
     Raises `QuantVLAError` for whatever does not fit together, before the robot is touched where possible.
     """
     manifest = read_manifest(config.engine)
+    if config.log.rerun is not None:
+        require_rerun()
     with ExitStack() as stack:
         robot = stack.enter_context(opened_robot(config.robot, manifest))
         limits = find_limits(config.guard, manifest, relative_actions(robot))
         policy = stack.enter_context(Policy.from_pretrained(config.engine, threads=config.threads))
-        cascade = _cascade(config, policy, stack)
+        cascade = None
+        if config.cascade is not None:
+            cascade = stack.enter_context(
+                opened_cascade(config.cascade, config.strategy, policy, warm_up=WARM_UP_RUNS)
+            )
         strategy = build_strategy(config.strategy, policy, cascade)
         policy.warm_up(WARM_UP_RUNS)
         trace = None
@@ -105,21 +114,9 @@ def prepared_run(
             worker=_delayed(section.delay_ticks) if virtual else None,
             seed=config.seed,
             on_tick=on_tick,
+            answer=lambda: None if cascade is None else cascade.answer,
         )
         yield PreparedRun(config, loop, limits, robot, trace, cascade)
-
-
-def _cascade(config: RunConfig, policy: Policy, stack: ExitStack) -> Cascade | None:
-    """Return the cascade of a run file, its better engine loaded and warm; None without one."""
-    spec = config.cascade
-    if spec is None:
-        return None
-    better = policy
-    if spec.engine is not None:
-        better = stack.enter_context(Policy.from_pretrained(spec.engine, threads=config.threads))
-        better.warm_up(WARM_UP_RUNS)
-    rows = config.strategy.execute or policy.manifest.action.execute
-    return build_cascade(spec, policy, better, rows)
 
 
 def find_limits(section: GuardSection, manifest: Manifest, relative: tuple[bool, ...]) -> Limits:
@@ -145,7 +142,8 @@ def _open_trace(
         manifest_sha256=sha256_file(policy.directory / MANIFEST_FILE),
         threads=policy.threads,
         versions=policy.versions,
-        strategy=None if config.cascade is not None else config.strategy,  # depends on time
+        strategy=config.strategy,
+        cascade=config.cascade,
         rate_hz=config.loop.rate_hz,
         joints=tuple(joint.name for joint in limits.joints),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),

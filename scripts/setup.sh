@@ -37,7 +37,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
   # uv resolves and installs in half a minute what takes pip several; an extra index set for pip is passed on.
   .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt \
-    ${PIP_INDEX_URL:+--index-url "$PIP_INDEX_URL"} -e '.[compile,tensorrt-rtx,serve,sim,dev]' \
+    ${PIP_INDEX_URL:+--index-url "$PIP_INDEX_URL"} -e '.[compile,tensorrt-rtx,serve,rerun,sim,dev]' \
     -e ./plugins/lerobot_policy_quantvla
   # Tests talk to the server with the client that robots use. Its metadata asks for numpy < 2, its code does not.
   .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps \

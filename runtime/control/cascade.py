@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from quantvla.runtime.preprocess import Observation
 
 FloatArray = NDArray[np.float32]
 _SEED_STEP = 1 << 48
+Answer = Literal["cheap", "better", "no time"]
+"""Who made a chunk: the cheap level when sure, the better one, the cheap one for want of time."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Cascade:
     normalization, see `spread`) and the better level is expected to be done ``budget_s`` after the
     call, its chunk is returned, else the cheap level's first one. Levels of one policy share the
     prefix too. The expectation is the longest of the better level's last ten runs.
+
+    ``answer`` is who made the last chunk; ``had_time`` replaces the clock's word in a replay.
     """
 
     def __init__(
@@ -59,6 +63,8 @@ class Cascade:
                 "cascade", "the levels make different actions", remedy="use engines of one policy"
             )
         self.counts = CascadeCounts()
+        self.answer: Answer | None = None
+        self.had_time: bool | None = None
         self._cheap, self._better = cheap, better
         self._threshold, self._rows, self._samples = threshold, rows, samples
         self._budget_s = budget_s
@@ -78,10 +84,9 @@ class Cascade:
         self.counts.chunks += 1
         tensors = self._cheap.policy.prepare(obs)
         chunks = self._sample(tensors, noise, seed, prefix)
-        if spread(self._cheap.policy, chunks, self._rows) <= self._threshold:
-            return chunks[0]
-        if not self._has_time(start_s):
-            self.counts.no_time += 1
+        self.answer = self._decide(chunks, start_s)
+        if self.answer != "better":
+            self.counts.no_time += self.answer == "no time"
             return chunks[0]
         self.counts.escalated += 1
         better, begin_s = self._better, time.perf_counter()
@@ -111,7 +116,14 @@ class Cascade:
         ]
         return [first, *others]
 
+    def _decide(self, chunks: Sequence[FloatArray], start_s: float) -> Answer:
+        if spread(self._cheap.policy, chunks, self._rows) <= self._threshold:
+            return "cheap"
+        return "better" if self._has_time(start_s) else "no time"
+
     def _has_time(self, start_s: float) -> bool:
+        if self.had_time is not None:
+            return self.had_time
         if self._budget_s is None:
             return True
         expected_s = max(self._lasted_s, default=0.0)

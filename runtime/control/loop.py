@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantvla.runtime.control.cascade import Answer
 from quantvla.runtime.control.clock import Clock, MonotonicClock
 from quantvla.runtime.control.counters import LoopReport
 from quantvla.runtime.control.guard import MotionGuard, Verdict
@@ -78,6 +79,7 @@ class ControlLoop:
         worker: Callable[[Strategy], Worker] | None = None,
         seed: int = 0,
         on_tick: Callable[[], None] = lambda: None,
+        answer: Callable[[], Answer | None] = lambda: None,
     ) -> None:
         if not (math.isfinite(rate_hz) and rate_hz > 0):
             raise explain("rate_hz", "expected a positive number", got=rate_hz, remedy="change it")
@@ -96,6 +98,7 @@ class ControlLoop:
             rate_hz=rate_hz,
             seed=seed,
             max_errors=options.max_errors,
+            answer=answer,
         )
         self._options, self._on_tick = options, on_tick
         self._period_s = 1.0 / rate_hz

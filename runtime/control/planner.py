@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from quantvla.runtime.control.cascade import Answer
 from quantvla.runtime.control.clock import Clock
 from quantvla.runtime.control.delay import DelayEstimate
 from quantvla.runtime.control.notes import Notes
@@ -15,7 +18,8 @@ from quantvla.runtime.preprocess import Observation
 class Planner:
     """Keeps the plan. ``seam`` is true from the takeover of a chunk until `started` is called.
 
-    ``max_errors``: inferences in a row that may fail before the run ends.
+    ``max_errors``: inferences in a row that may fail before the run ends. ``answer``: which level of a
+    cascade made the chunk that was finished last.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class Planner:
         rate_hz: float,
         seed: int,
         max_errors: int,
+        answer: Callable[[], Answer | None] = lambda: None,
     ) -> None:
         self.plan: Plan = empty_plan(dim)
         self.delay = DelayEstimate()
@@ -36,6 +41,7 @@ class Planner:
         self.latest = -1
         self._strategy, self._worker, self._clock, self._notes = strategy, worker, clock, notes
         self._rate_hz, self._seed, self._max_errors = rate_hz, seed, max_errors
+        self._answer = answer
         self._next = 0
         self._submitted_s = 0.0
         self._errors_in_a_row = 0
@@ -126,6 +132,7 @@ class Planner:
                 ahead=request.ahead.tolist(),
                 chunk=None if result.chunk is None else result.chunk.tolist(),
                 error=None if result.error is None else str(result.error),
+                answer=self._answer(),
             ),
             request.observation,
         )

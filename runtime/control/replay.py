@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from quantvla.runtime.control.spec import build_strategy
+from quantvla.runtime.control.cascade import Cascade
+from quantvla.runtime.control.spec import build_strategy, opened_cascade
 from quantvla.runtime.control.strategy import Request, Strategy
 from quantvla.runtime.control.trace import EndRecord, InferenceRecord
 from quantvla.runtime.control.trace_reader import load_observation, read_header, read_records
@@ -73,9 +75,15 @@ def replay(
             path, "was recorded with a strategy of its own", remedy="replay it with that program"
         )
     directory = Path(header.engine) if engine is None else engine
-    with Policy.from_pretrained(directory, threads=threads or header.threads) as policy:
-        strategy = build_strategy(header.strategy, policy)
-        found, complete = _replayed(path, strategy, policy.manifest.action.dim)
+    with ExitStack() as stack:
+        policy = stack.enter_context(
+            Policy.from_pretrained(directory, threads=threads or header.threads)
+        )
+        cascade = None
+        if header.cascade is not None:
+            cascade = stack.enter_context(opened_cascade(header.cascade, header.strategy, policy))
+        strategy = build_strategy(header.strategy, policy, cascade)
+        found, complete = _replayed(path, strategy, cascade, policy.manifest.action.dim)
         versions = policy.versions
     if not found:
         raise explain(path, "holds no inference", remedy="record a longer run")
@@ -91,12 +99,14 @@ def replay(
 
 
 def _replayed(
-    path: Path, strategy: Strategy, dim: int
+    path: Path, strategy: Strategy, cascade: Cascade | None, dim: int
 ) -> tuple[tuple[ReplayedInference, ...], bool]:
     """Return every inference again, and whether the trace has its last record."""
     found, complete = [], False
     for record in read_records(path):
         if isinstance(record, InferenceRecord):
+            if cascade is not None:  # the one thing that a clock decided
+                cascade.had_time = record.answer != "no time"
             found.append(_again(record, strategy, load_observation(path, record), dim))
         complete = isinstance(record, EndRecord)
     return tuple(found), complete

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -84,6 +86,23 @@ def build_strategy(
     return RealTimeChunking(
         inner, execute, spec.guidance, spec.schedule, spec.overlap, spec.max_weight
     )
+
+
+@contextmanager
+def opened_cascade(
+    spec: CascadeSpec, strategy: StrategySpec, policy: Policy, *, warm_up: int = 0
+) -> Iterator[Cascade]:
+    """Yield the cascade of ``policy`` and its better level, the same engine or another, which is closed at the end."""
+    with ExitStack() as stack:
+        better = policy
+        if spec.engine is not None:
+            better = stack.enter_context(
+                Policy.from_pretrained(spec.engine, threads=policy.threads)
+            )
+            better.warm_up(warm_up)
+        yield build_cascade(
+            spec, policy, better, strategy.execute or policy.manifest.action.execute
+        )
 
 
 def build_cascade(spec: CascadeSpec, policy: Policy, better: Policy, rows: int) -> Cascade:

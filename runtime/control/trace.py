@@ -13,8 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from quantvla.runtime.control.cascade import Answer
 from quantvla.runtime.control.counters import LoopReport
-from quantvla.runtime.control.spec import StrategySpec
+from quantvla.runtime.control.spec import CascadeSpec, StrategySpec
 
 TRACE_VERSION = 1
 _QUEUE = 4096
@@ -34,6 +35,7 @@ class Header(_Record, frozen=True, kw_only=True, tag="header"):
     threads: int
     versions: dict[str, str]
     strategy: StrategySpec | None
+    cascade: CascadeSpec | None = None
     rate_hz: float
     joints: tuple[str, ...]
     started: str
@@ -49,7 +51,10 @@ class ArrayPlace(msgspec.Struct, frozen=True):
 
 
 class InferenceRecord(_Record, frozen=True, kw_only=True, tag="inference"):
-    """One request and its answer: enough to run it again. ``arrived`` is the tick that took it over."""
+    """One request and its answer: enough to run it again. ``arrived`` is the tick that took it over.
+
+    ``answer``: the level of a cascade that made the chunk.
+    """
 
     index: int
     tick: int
@@ -60,6 +65,7 @@ class InferenceRecord(_Record, frozen=True, kw_only=True, tag="inference"):
     ahead: list[list[float]]
     chunk: list[list[float]] | None
     error: str | None
+    answer: Answer | None = None
     text: dict[str, str] = {}
     arrays: dict[str, ArrayPlace] = {}
 

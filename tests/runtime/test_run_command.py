@@ -126,6 +126,7 @@ def test_a_limits_file_guards_the_run(
         ("[watchdog]\nhold_s = 0\n", "not a valid run file"),
         ("[strategy]\nkind = 'async'\nblend = 6\n", "`blend` is for kind 'blend', not 'async'"),
         ("[strategy]\nkind = 'sync'\nmax_weight = 5.0\n", "`max_weight` is for kind 'rtc', not 'sync'"),
+        ("[log]\nrerun = 'r.rrd'\n", "`rerun` is made from the trace"),
         ("[guard]\ndegrees = true\n", "`degrees` is for `urdf`, which is not given"),
         ("[strategy]\nexecute = 99\n", "strategy execute: expected 1 to 4 actions of a chunk, got 99"),
         ("[strategy]\nguidance = 'vjp'\n", "has no graph for guidance 'vjp'; export it with --guidance"),
@@ -155,6 +156,45 @@ def test_what_a_cascade_did_is_reported(run_file: Callable[..., Path], own_robot
     counts = json.loads(done.stdout)["cascade"]
     assert counts["no_time"] == counts["chunks"] > 1 and counts["escalated"] == 0
     assert "0 of" in (text := run("run", "--config", path).stdout) and "for want of time" in text
+
+
+@pytest.mark.parametrize("budget", ["", "budget_ms = 1e-6\n", "budget_ms = 1e6\n"])
+def test_a_cascade_replays_what_the_clock_decided(
+    run_file: Callable[..., Path], own_robot: Any, tmp_path: Path, budget: str
+) -> None:
+    cascade = f"[cascade]\nthreshold = 0.0\nsteps = 1\n{budget}"
+    run("run", "--config", run_file(f"[log]\ntrace = 'trace.jsonl'\n{cascade}"))
+    trace = tmp_path / "trace.jsonl"
+    answers = {json.loads(line).get("answer") for line in trace.open() if "inference" in line}
+    assert {"no time" if "1e-6" in budget else "better"} == answers - {None}
+    again = run("replay", trace, "--json")
+    assert again.exit_code == 0
+    assert all(one["identical"] for one in json.loads(again.stdout)["inferences"])
+
+
+def test_a_trace_becomes_a_rerun_recording(
+    run_file: Callable[..., Path], own_robot: Any, tmp_path: Path
+) -> None:
+    path = run_file("[log]\ntrace = 'trace.jsonl'\nrerun = 'shown/run.rrd'\n")
+    assert run("run", "--config", path).exit_code == 0
+    recording = (tmp_path / "shown" / "run.rrd").read_bytes()
+    header = json.loads((tmp_path / "trace.jsonl").open().readline())
+    entities = [
+        f"/{entity}/{j}:Scalars" for entity in ("planned", "sent") for j in header["joints"]
+    ]
+    for entity in ("/late_ms:Scalars", "/latency_ms:Scalars", ":Image:buffer", *entities):
+        assert entity.encode() in recording
+
+
+def test_a_rerun_recording_needs_its_library(
+    run_file: Callable[..., Path], own_robot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "rerun", None)
+    with pytest.raises(
+        QuantVLAError, match=r"rerun: is not installed.*pip install 'quantvla\[rerun\]'"
+    ):
+        run("run", "--config", run_file("[log]\ntrace = 't.jsonl'\nrerun = 'r.rrd'\n"))
+    assert own_robot.log == []
 
 
 def test_missing_run_file_and_unwritable_trace(
@@ -222,13 +262,3 @@ def test_the_recorded_robot_shows_frames_one_per_action(
     with opened_robot(RecordedSpec(path=recorded_set, frames=1), manifest) as robot:
         robot.act(np.zeros(2, np.float32))
         assert np.allclose(robot.observe()["observation.state"], first["observation.state"])
-
-
-def test_a_cascade_runs_and_its_trace_is_not_replayable(
-    run_file: Callable[..., Path], own_robot: Any, tmp_path: Path
-) -> None:
-    text = '[cascade]\nthreshold = 0.0\nsteps = 2\n[log]\ntrace = "t.jsonl"\n'
-    assert run("run", "--config", run_file(text)).exit_code == 0
-    assert len(own_robot.log) == 21
-    with pytest.raises(QuantVLAError, match="was recorded with a strategy of its own"):
-        run("replay", tmp_path / "t.jsonl")
