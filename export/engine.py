@@ -70,7 +70,7 @@ def export_engine(
     with atomic_directory(output, overwrite=overwrite) as directory:
         loaded = source.loaded
         context = loaded.stage(loaded.interface.sampler.stage).inputs if guidance else ()
-        stages = _write_stages(
+        stages, only_own_times = _write_stages(
             directory,
             loaded,
             TARGETS[target],
@@ -83,7 +83,8 @@ def export_engine(
         for name, content in loaded.interface.files.items():
             (directory / name).write_bytes(content)
         manifest = make_manifest(directory, source, stages, target)
-        manifest = structs.replace(manifest, guidance=guided)
+        sampler = structs.replace(manifest.sampler, only_own_times=only_own_times)
+        manifest = structs.replace(manifest, guidance=guided, sampler=sampler)
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest
@@ -106,7 +107,8 @@ def _write_stages(
     progress: Progress,
     keep: Sequence[str] = (),
     own_kernels: bool = True,
-) -> tuple[StageSpec, ...]:
+) -> tuple[tuple[StageSpec, ...], bool]:
+    """Write every stage's graph; return their parts of the manifest, and whether they know only the sampler's times."""
     blocks = {
         name: module.quantized.block
         for name, module in loaded.policy.named_modules()
@@ -121,9 +123,10 @@ def _write_stages(
         for graph in graphs
     ]
     (directory / REWRITES_FILE).write_bytes(encode_rewrites(rewrites))
-    return tuple(
+    specs = tuple(
         _write_stage(directory, graph, blocks if own_kernels else None) for graph in graphs
     )
+    return specs, any(graph.only_own_times for graph in graphs)
 
 
 def _write_stage(directory: Path, graph: StageGraph, blocks: Mapping[str, int] | None) -> StageSpec:

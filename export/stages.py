@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -11,6 +11,7 @@ from quantvla.export.graphs import export_graph
 from quantvla.export.rewrites import SHORTEN, SIMPLIFY, Rewrite, apply_rewrites_
 from quantvla.export.rewrites.graph import shape_of
 from quantvla.export.rewrites.hoist import hoist_invariants_, keep_outputs_
+from quantvla.export.rewrites.tabulate import tabulate_time_
 from quantvla.families.base import Stage
 from quantvla.progress import Progress
 from quantvla.runtime.errors import explain
@@ -27,12 +28,14 @@ class StageGraph:
     """A stage's graph; its tensors are those of the graph, which hoisting changes.
 
     ``applied``: how often each rewrite changed it after export.
+    ``only_own_times``: it has tables for the sampler's times and is wrong for any other.
     """
 
     name: str
     repeat: int
     model: ir.Model
     applied: Mapping[str, int]
+    only_own_times: bool = False
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -64,6 +67,10 @@ def build_graphs(
         applied = apply_rewrites_(model, (*SIMPLIFY, *fusions, *SHORTEN))
         graphs.append(StageGraph(stage.name, stage.repeat, model, applied))
     progress("exporting", len(stages), len(stages))
+    tables = tabulate_time_(graphs[-1].model, sampler.time, sampler.timesteps)
+    if tables.nodes:
+        applied = {**graphs[-1].applied, "tabulate the time": tables.nodes}
+        graphs[-1] = replace(graphs[-1], only_own_times=True, applied=applied)
     hoist(graphs, sampler, keep)
     return tuple(graphs)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from quantvla.calib_sets import RobotSpec
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
-from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
+from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE, weight_shapes
 from quantvla.float_weights import FloatWeights
 from quantvla.passes.base import PassReport
 from quantvla.plan import CARD_FILE, Plan
@@ -96,9 +96,8 @@ def write_checkpoint(
 
 def _added_parameters(loaded: LoadedPolicy) -> dict[str, Tensor]:
     """Return the parameters that are new or of another shape than in the LeRobot checkpoint."""
-    with safe_open(loaded.directory / WEIGHTS_FILE, framework="pt") as stored:
-        names = set(stored.keys())
-        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
+    shapes = _stored_shapes(loaded)
+    names = set(shapes)
     parameters = dict(loaded.policy.named_parameters(remove_duplicate=False))
     kept = {id(parameters[name]) for name in names & parameters.keys()}
     return {
@@ -116,18 +115,36 @@ def absent_parameters(plan: Plan, policy: nn.Module) -> frozenset[str]:
     return frozenset(names & dict(policy.named_parameters(remove_duplicate=False)).keys())
 
 
+def _stored_shapes(loaded: LoadedPolicy) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the checkpoint's weights by the policy's names."""
+    stored = weight_shapes(loaded.directory)
+    renamed = {name: stored[old] for name, old in loaded.stored_names.items()}
+    others = {
+        name: shape for name, shape in stored.items() if name not in loaded.stored_names.values()
+    }
+    return others | renamed
+
+
 def _write_policy(directory: Path, loaded: LoadedPolicy, absent: frozenset[str]) -> None:
-    """Copy the checkpoint; parameters keep their stored type unless a pass gave them values it cannot hold."""
+    """Copy the checkpoint, and what loading it took from elsewhere.
+
+    Parameters keep their stored type unless a pass gave them values it cannot hold.
+    """
     shutil.copytree(loaded.directory, directory, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+    for name, content in loaded.carried.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     current = loaded.policy.state_dict()
     kept = {}
     with safe_open(loaded.directory / WEIGHTS_FILE, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 - safe_open is no mapping
+        for name in _stored_shapes(loaded):
             if name not in absent:
                 value = current[name]
-                if value.shape != stored.get_tensor(name).shape:  # the new one is added beside it
-                    value = stored.get_tensor(name)
-                narrow = value.to(stored.get_tensor(name).dtype)
+                original = stored.get_tensor(loaded.stored_names.get(name, name))
+                if value.shape != original.shape:  # the new one is added beside it
+                    value = original
+                narrow = value.to(original.dtype)
                 kept[name] = narrow if torch.equal(narrow.to(value.dtype), value) else value
     save_file({name: value.contiguous() for name, value in kept.items()}, directory / WEIGHTS_FILE)
 

@@ -32,7 +32,7 @@ class FloatPolicy:
             config,
             pretrained_path=str(loaded.directory),
             preprocessor_overrides={
-                "tokenizer_processor": {"tokenizer_name": config.vlm_model_name},
+                **{step: dict(values) for step, values in loaded.processor_overrides.items()},
                 "device_processor": {"device": "cpu"},
             },
             postprocessor_overrides={"device_processor": {"device": "cpu"}},

@@ -62,4 +62,4 @@ class StagedPolicy:
             self.sampler.timesteps,
             self.sampler.step,
         )
-        return self._after(normalized)
+        return self._after(normalized, context)

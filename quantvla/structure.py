@@ -19,13 +19,28 @@ TapAttention = Callable[[AttentionCallback], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
+class Modulation:
+    """A linear that makes gain and shift of a norm from the time: of its output's ``pieces`` equal
+    pieces, number ``scale`` is the gain (less the norm's offset) and number ``shift`` is added."""
+
+    linear: str
+    pieces: int
+    scale: int
+    shift: int
+
+
+@dataclass(frozen=True)
 class Norm:
-    """A normalization and every linear that reads its output; its gain is ``offset + weight``."""
+    """A normalization and every linear that reads its output; its gain is ``offset + weight``.
+
+    With a ``modulation`` it has no weight of its own: gain and shift are another in every call.
+    """
 
     name: str
     kind: Literal["rms", "layer"]
     readers: tuple[str, ...]
     offset: float = 0.0
+    modulation: Modulation | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from quantvla.float_policy import FloatPolicy
 from quantvla.progress import Progress
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_tree
-from quantvla.runtime.manifest import Manifest
+from quantvla.runtime.manifest import Manifest, command_statistics
 from quantvla.runtime.policy import Policy
 
 Array = NDArray[np.float32]
@@ -238,7 +238,7 @@ def _same_integers(engine: Path, quantized: Path, integers: Sequence[IntegerSite
 def _gripper(heldout: CalibrationSet, manifest: Manifest) -> Gripper | None:
     """Return the gripper dimension; the set's robot knows the names that a checkpoint does not carry."""
     action = heldout.robot.action
-    statistics = manifest.statistics.get(manifest.postprocess[0].key)
+    statistics = command_statistics(manifest.postprocess, manifest.statistics)
     return find_gripper(action.names if action else (), manifest.action, statistics)
 
 

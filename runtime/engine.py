@@ -16,7 +16,7 @@ from quantvla.runtime.errors import explain
 from quantvla.runtime.guidance import Guidance
 from quantvla.runtime.machine import physical_cores
 from quantvla.runtime.manifest import Manifest, StageSpec
-from quantvla.runtime.sampler import Observer, euler_integrate, with_steps
+from quantvla.runtime.sampler import Observer, check_time, euler_integrate, with_steps
 
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
@@ -96,6 +96,7 @@ class Engine:
                 got=f"{x.dtype} {x.shape}",
                 remedy="pass the padded chunk",
             )
+        check_time(self._sampler, t)
         step = {self._sampler.state: x, self._sampler.time: np.array([t], dtype=np.float32)}
         return self._run(self._repeated, {**tensors, **step})[self._sampler.velocity]
 

@@ -54,6 +54,8 @@ class EulerSampler(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="eu
 
     ``state``, ``time`` and ``velocity`` name the tensors of the repeated stage ``stage``;
     noise is standard normal of ``noise_shape`` (1, horizon, padded action dimension).
+    ``only_own_times``: the stage knows ``timesteps`` and no other time, because what depends on the
+    time alone was tabulated.
     """
 
     stage: str
@@ -63,6 +65,7 @@ class EulerSampler(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="eu
     timesteps: tuple[float, ...]
     step: float
     noise_shape: tuple[int, ...]
+    only_own_times: bool = False
 
 
 class GuidanceSpec(_Strict, frozen=True, kw_only=True):
@@ -83,9 +86,9 @@ class GuidanceSpec(_Strict, frozen=True, kw_only=True):
 class Images(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="images"):
     """HWC uint8 RGB images -> ``output`` (cameras, 3, height, width) float32, in the order of ``keys``.
 
-    Pixels / 255; bilinear resize without antialiasing that keeps the aspect ratio; padding left
-    and top with ``pad_value`` (in [0, 1]); then ``scale * x + offset``. Resize is skipped when
-    ``resize`` is null; ``resize`` is (height, width).
+    Pixels / 255; bilinear resize without antialiasing that keeps the aspect ratio; padding with
+    ``pad_value`` (in [0, 1]) left and top, or around the centred image; then ``scale * x + offset``.
+    Resize is skipped when ``resize`` is null; ``resize`` is (height, width).
     """
 
     keys: tuple[str, ...]
@@ -94,6 +97,7 @@ class Images(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="images")
     pad_value: float
     scale: float
     offset: float
+    pad: Literal["top_left", "around"] = "top_left"
 
 
 class Normalize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="normalize"):
@@ -110,12 +114,40 @@ class Normalize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="norma
     pad_to: PositiveInt
 
 
+class StateText(_Strict, frozen=True, kw_only=True):
+    """The state as text: the vector at ``key``, normalized like `Normalize`, then for each entry the number of its bin.
+
+    ``bins`` equal bins cover [-1, 1); what lies below is -1, what lies above the last number.
+    """
+
+    key: str
+    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    eps: float
+    bins: PositiveInt
+
+
+class Prompt(_Strict, frozen=True, kw_only=True):
+    """How a sentence becomes the text that is tokenized.
+
+    Stripped where ``strip``, in lower case where ``lower``, without what the regular expression
+    ``drop`` matches, then every pair of ``replace``, in order; last it takes the place of
+    ``{task}`` in ``template``, and the state's numbers, with spaces between, that of ``{state}``.
+    """
+
+    template: str = "{task}"
+    strip: bool = False
+    lower: bool = False
+    drop: str = ""
+    replace: tuple[tuple[str, str], ...] = ()
+    state: StateText | None = None
+
+
 class Tokenize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="tokenize"):
     """The task sentence -> ``tokens`` (1, max_length) int64 and ``mask`` (1, max_length) bool.
 
-    ``suffix`` is appended unless the text ends with it. ``file`` is a `tokenizers` JSON file in
-    the engine directory. Padded on the right with ``pad_id``; longer text is cut at
-    ``max_length``.
+    The sentence is put into ``prompt``; ``suffix`` is appended unless the text ends with it.
+    ``file`` is a `tokenizers` JSON file in the engine directory. Padded on the right with
+    ``pad_id``; longer text is cut at ``max_length``.
     """
 
     key: str
@@ -125,6 +157,7 @@ class Tokenize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="tokeni
     pad_id: int
     tokens: str
     mask: str
+    prompt: Prompt = Prompt()
 
 
 PreprocessStep = Images | Normalize | Tokenize
@@ -139,7 +172,18 @@ class Unnormalize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unn
     dim: PositiveInt
 
 
-PostprocessStep = Unnormalize
+class AddState(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="add_state"):
+    """Actions relative to the state of their observation -> absolute ones.
+
+    Entry i of every action gets entry i of ``tensor`` (1, at least dim), which preprocessing made,
+    where ``mask`` is true; ``mask`` covers the leading entries.
+    """
+
+    tensor: str
+    mask: tuple[bool, ...]
+
+
+PostprocessStep = Unnormalize | AddState
 
 
 class FeatureStatistics(_Strict, frozen=True, kw_only=True):
@@ -153,6 +197,18 @@ class FeatureStatistics(_Strict, frozen=True, kw_only=True):
     q99: tuple[float, ...] | None = None
     q10: tuple[float, ...] | None = None
     q90: tuple[float, ...] | None = None
+
+
+def command_statistics(
+    steps: tuple[PostprocessStep, ...], statistics: dict[str, FeatureStatistics]
+) -> FeatureStatistics | None:
+    """Return the statistics of the commands that postprocessing returns.
+
+    None where there are none: the statistics of actions relative to the state are of displacements.
+    """
+    first, *rest = steps
+    relative = any(isinstance(step, AddState) and any(step.mask) for step in rest)
+    return None if relative or not isinstance(first, Unnormalize) else statistics.get(first.key)
 
 
 class CameraSpec(_Strict, frozen=True, kw_only=True):

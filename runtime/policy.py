@@ -133,9 +133,9 @@ class Policy(SteppedPolicy):
         steps: int | None = None,
     ) -> FloatArray:
         """Return a chunk (horizon, dim) as `predict_action_chunk`, of an observation that `prepare` has seen."""
-        start, guidance = self._start(noise, seed), self._guidance(prefix)
+        start, guidance = self._start(noise, seed), self._guidance(prefix, tensors)
         normalized = self._engine.sample(tensors, start, guidance=guidance, steps=steps)
-        return self._actions(normalized)
+        return self._actions(normalized, tensors)
 
     def sample_noise(self, seed: int | None = None) -> FloatArray:
         """Return standard normal noise, (1, horizon, padded) float32, from ``seed`` or the generator."""
@@ -192,7 +192,8 @@ class Policy(SteppedPolicy):
             tensors, self._start(noise, seed), lambda x, v: steps.append((x, v))
         )
         states, velocities = (np.stack(column) for column in zip(*steps, strict=True))
-        return Prediction(self._actions(normalized), normalized, states, velocities, tensors)
+        actions = self._actions(normalized, tensors)
+        return Prediction(actions, normalized, states, velocities, tensors)
 
     @contextmanager
     def timing(self) -> Iterator[Durations]:
@@ -226,14 +227,14 @@ class Policy(SteppedPolicy):
             raise explain("noise", "must be finite", got="NaN or infinity", remedy="sample it anew")
         return array.reshape(shape).astype(np.float32)
 
-    def _guidance(self, prefix: ActionPrefix | None) -> Guidance | None:
+    def _guidance(self, prefix: ActionPrefix | None, tensors: Tensors) -> Guidance | None:
         if prefix is None:
             return None
-        normalized = self.postprocessor.normalize(prefix.actions)
+        normalized = self.postprocessor.normalize(prefix.actions, tensors)
         return make_guidance(prefix, normalized, self.manifest.sampler.noise_shape)
 
-    def _actions(self, normalized: FloatArray) -> FloatArray:
-        actions = self.postprocessor(normalized)
+    def _actions(self, normalized: FloatArray, tensors: Tensors) -> FloatArray:
+        actions = self.postprocessor(normalized, tensors)
         if not np.isfinite(actions).all():
             raise explain(
                 self.directory,

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain
 from quantvla.runtime.manifest import (
+    AddState,
     CameraSpec,
     FeatureStatistics,
     Images,
@@ -24,6 +26,7 @@ from quantvla.runtime.manifest import (
     PostprocessStep,
     PreprocessStep,
     Tokenize,
+    Unnormalize,
     VectorSpec,
 )
 from quantvla.runtime.normalize import make_normalizer
@@ -34,7 +37,7 @@ from quantvla.runtime.observation import (
     read_vector,
 )
 from quantvla.runtime.resize import fit_plane, fitted_size
-from quantvla.runtime.text import TaskTokenizer
+from quantvla.runtime.text import StateWriter, TaskTokenizer, make_prompt
 
 Observation = Mapping[str, object]
 Tensors = dict[str, NDArray[Any]]
@@ -77,7 +80,9 @@ class Preprocessor:
                 self._runners.append(_VectorRunner(step, statistics, state))
             elif isinstance(step, Tokenize):
                 keys.add(step.key)
-                runner = _TextRunner(step, Path(directory))
+                if step.prompt.state is not None:
+                    keys.add(step.prompt.state.key)
+                runner = _TextRunner(step, Path(directory), statistics, state)
                 self._tokenizers.append(runner.tokenizer)
                 self._runners.append(runner)
             else:
@@ -128,7 +133,7 @@ class _ImageRunner:
             for channel, output in enumerate(planes):
                 plane = image[:, :, channel].astype(np.float32)
                 plane /= np.float32(255)
-                fit_plane(plane, output, step.pad_value)
+                fit_plane(plane, output, step.pad_value, around=step.pad == "around")
         tensor *= np.float32(step.scale)
         tensor += np.float32(step.offset)
         return {step.output: tensor}
@@ -177,20 +182,17 @@ class _VectorRunner:
     ) -> None:
         self._step = step
         self._normalizer = make_normalizer(step.key, step.mode, step.eps, statistics.get(step.key))
-        known = state if state is not None and state.key == step.key else None
-        self._names = known.names if known else ()
-        self._dim = known.dim if known else self._normalizer.dim
-        stated = self._normalizer.dim
-        if self._dim is not None and (self._dim > step.pad_to or stated not in (None, self._dim)):
+        self._reader = _VectorReader(step.key, self._normalizer.dim, state)
+        dim = self._reader.dim
+        if dim is not None and dim > step.pad_to:
             raise explain(
                 f"observation {step.key!r}",
-                f"a vector of {self._dim} does not fit statistics of {stated} and a model input "
-                f"of {step.pad_to}",
+                f"a vector of {dim} does not fit a model input of {step.pad_to}",
                 remedy="export the engine again",
             )
 
     def __call__(self, obs: Observation) -> Tensors:
-        vector = read_vector(obs, self._step.key, self._dim, self._names)
+        vector = self._reader(obs)
         if vector.size > self._step.pad_to:
             raise explain(
                 f"observation {self._step.key!r}",
@@ -203,30 +205,67 @@ class _VectorRunner:
         return {self._step.output: padded}
 
 
+class _VectorReader:
+    """Reads the vector at ``key``, whose length ``state`` or the statistics (``stated``) know."""
+
+    def __init__(self, key: str, stated: int | None, state: VectorSpec | None) -> None:
+        known = state if state is not None and state.key == key else None
+        self._key, self._names = key, known.names if known else ()
+        self.dim = known.dim if known else stated
+        if stated not in (None, self.dim):
+            raise explain(
+                f"observation {key!r}",
+                f"a vector of {self.dim} does not fit statistics of {stated}",
+                remedy="export the engine again",
+            )
+
+    def __call__(self, obs: Observation) -> NDArray[np.float32]:
+        return read_vector(obs, self._key, self.dim, self._names)
+
+
 class _TextRunner:
-    def __init__(self, step: Tokenize, directory: Path) -> None:
+    def __init__(
+        self,
+        step: Tokenize,
+        directory: Path,
+        statistics: Mapping[str, FeatureStatistics],
+        state: VectorSpec | None,
+    ) -> None:
         self._step = step
         self.tokenizer = TaskTokenizer(step, directory)
+        text = step.prompt.state
+        if text is not None:
+            self._write = StateWriter(text, statistics.get(text.key))
+            self._reader = _VectorReader(text.key, self._write.dim, state)
 
     def __call__(self, obs: Observation) -> Tensors:
-        tokens, mask = self.tokenizer(read_text(obs, self._step.key))
-        return {self._step.tokens: tokens, self._step.mask: mask}
+        step = self._step
+        task = read_text(obs, step.key)
+        numbers = "" if step.prompt.state is None else self._write(self._reader(obs))
+        tokens, mask = self.tokenizer(make_prompt(step.prompt, task, numbers))
+        return {step.tokens: tokens, step.mask: mask}
 
 
 class Postprocessor:
-    """Turns a model output into actions in physical units with a manifest's postprocessing steps."""
+    """Turns a model output into actions in physical units with a manifest's postprocessing steps.
+
+    One unnormalize step, then add_state steps for actions that are relative to the state. Those
+    need ``tensors``, what preprocessing made of the actions' observation.
+    """
 
     def __init__(
         self, steps: Sequence[PostprocessStep], statistics: Mapping[str, FeatureStatistics]
     ) -> None:
-        if len(steps) != 1:
+        step = steps[0] if steps else None
+        rest = [later for later in steps[1:] if isinstance(later, AddState)]
+        if not isinstance(step, Unnormalize) or len(rest) != len(steps) - 1:
             raise explain(
                 "postprocessing",
-                "expected one unnormalize step",
-                got=f"{len(steps)} steps",
+                "expected one unnormalize step, then only add_state steps",
+                got=[type(step).__name__ for step in steps],
                 remedy="export the engine again",
             )
-        step = steps[0]
+        self._added = rest
         self._dim = step.dim
         self._normalizer = make_normalizer(step.key, step.mode, step.eps, statistics.get(step.key))
         if self._normalizer.dim not in (None, step.dim):
@@ -237,11 +276,20 @@ class Postprocessor:
                 remedy="export the engine again",
             )
 
-    def __call__(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(
+        self,
+        output: NDArray[np.float32],
+        tensors: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> NDArray[np.float32]:
         """output: (1, horizon, padded) normalized -> (horizon, dim) float32, physical units."""
-        return self._normalizer.unnormalize(output[0, :, : self._dim])
+        actions = self._normalizer.unnormalize(output[0, :, : self._dim])
+        return actions + self._origin(tensors) if self._added else actions
 
-    def normalize(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+    def normalize(
+        self,
+        actions: NDArray[np.float32],
+        tensors: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> NDArray[np.float32]:
         """actions: (n, dim) physical units -> (n, dim) normalized: the inverse of a call."""
         if actions.ndim != 2 or actions.shape[1] != self._dim:
             raise explain(
@@ -250,4 +298,21 @@ class Postprocessor:
                 got=f"shape {actions.shape}",
                 remedy="pass actions as the policy returned them",
             )
-        return self._normalizer.normalize(actions.astype(np.float32))
+        actions = actions.astype(np.float32)
+        return self._normalizer.normalize(
+            actions - self._origin(tensors) if self._added else actions
+        )
+
+    def _origin(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Return what relative actions are relative to: (dim,)."""
+        origin = np.zeros(self._dim, np.float32)
+        for step in self._added:
+            if step.tensor not in tensors:
+                raise explain(
+                    "actions",
+                    f"are relative to the state, and {step.tensor!r} of their observation is not given",
+                    remedy="pass the tensors that Policy.prepare returned",
+                )
+            mask = np.array(step.mask)
+            origin[: len(mask)] += tensors[step.tensor][0, : len(mask)] * mask
+        return origin

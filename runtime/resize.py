@@ -31,28 +31,35 @@ def fitted_size(size: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, in
     return int(size[0] / ratio), int(size[1] / ratio)
 
 
-def resize_with_pad(image: FloatArray, target: tuple[int, int], pad_value: float) -> FloatArray:
-    """Return ``image`` resized to fit ``target``, padded on the left and on top with ``pad_value``.
+def resize_with_pad(
+    image: FloatArray, target: tuple[int, int], pad_value: float, *, around: bool = False
+) -> FloatArray:
+    """Return ``image`` resized to fit ``target``, padded with ``pad_value``.
 
-    image: (channels, height, width) -> (channels, target height, target width).
-    The same as lerobot's ``resize_with_pad``.
+    image: (channels, height, width) -> (channels, target height, target width). Padded on the left
+    and on top like lerobot's ``resize_with_pad``, or with ``around`` on all sides like its
+    ``resize_with_pad_torch``.
     """
     resized = np.empty((image.shape[0], *target), dtype=np.float32)
     for plane, output in zip(image, resized, strict=True):
-        fit_plane(plane, output, pad_value)
+        fit_plane(plane, output, pad_value, around=around)
     return resized
 
 
-def fit_plane(plane: FloatArray, output: FloatArray, pad_value: float) -> None:
+def fit_plane(
+    plane: FloatArray, output: FloatArray, pad_value: float, *, around: bool = False
+) -> None:
     """Write `resize_with_pad` of one colour plane into ``output``; both are (height, width)."""
     if plane.shape == output.shape:
         output[...] = plane
         return
     height, width = fitted_size(plane.shape, output.shape)
     top, left = output.shape[0] - height, output.shape[1] - width
-    output[:top] = pad_value
-    output[top:, :left] = pad_value
-    _resize_plane(plane, output[top:, left:])
+    if around:
+        top, left = top // 2, left // 2
+    if (height, width) != output.shape:
+        output[...] = pad_value
+    _resize_plane(plane, output[top : top + height, left : left + width])
 
 
 def _resize_plane(plane: FloatArray, output: FloatArray) -> None:

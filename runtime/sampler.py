@@ -13,6 +13,7 @@ from quantvla.runtime.manifest import EulerSampler
 
 FloatArray = NDArray[np.float32]
 Velocity = Callable[[FloatArray, float], FloatArray]
+_SAME_TIME = 1e-5  # two times closer than this are one, computed in another order
 Observer = Callable[[FloatArray, FloatArray], None]
 
 
@@ -46,7 +47,8 @@ def euler_integrate(
 def with_steps(sampler: EulerSampler, steps: int) -> EulerSampler:
     """Return the sampler that covers the same span of time in ``steps`` equal steps.
 
-    Raises `QuantVLAError` for a number below one or one above the policy's own.
+    Raises `QuantVLAError` for a number below one or one above the policy's own, and for one that
+    asks for times the policy's stage does not know.
     """
     own = len(sampler.timesteps)
     if not 1 <= steps <= own:
@@ -58,4 +60,20 @@ def with_steps(sampler: EulerSampler, steps: int) -> EulerSampler:
         )
     step = sampler.step * own / steps
     timesteps = tuple(sampler.timesteps[0] + index * step for index in range(steps))
+    if sampler.only_own_times:
+        for t in timesteps:
+            check_time(sampler, t)
     return msgspec.structs.replace(sampler, timesteps=timesteps, step=step)
+
+
+def check_time(sampler: EulerSampler, t: float) -> None:
+    """Raise `QuantVLAError` for a time that a stage with tables for its own times was not made for."""
+    if sampler.only_own_times and min(abs(t - own) for own in sampler.timesteps) > _SAME_TIME:
+        own = len(sampler.timesteps)
+        steps = [number for number in range(1, own) if own % number == 0]
+        raise explain(
+            "denoise time",
+            f"expected one of the {own} that this engine has tables for",
+            got=f"{t:g}",
+            remedy=f"use {' or '.join(map(str, [*steps, own]))} steps",
+        )

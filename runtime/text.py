@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,38 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import Tokenize
+from quantvla.runtime.manifest import FeatureStatistics, Prompt, StateText, Tokenize
+from quantvla.runtime.normalize import make_normalizer
 
 _logger = logging.getLogger(__name__)
+
+
+def make_prompt(prompt: Prompt, task: str, numbers: str = "") -> str:
+    """Return the text that is tokenized; ``numbers`` stands for the state where the prompt has it."""
+    text = task.strip() if prompt.strip else task
+    text = text.lower() if prompt.lower else text
+    text = re.sub(prompt.drop, "", text) if prompt.drop else text
+    for old, new in prompt.replace:
+        text = text.replace(old, new)
+    before, _, after = prompt.template.partition("{task}")
+    return before.replace("{state}", numbers) + text + after.replace("{state}", numbers)
+
+
+class StateWriter:
+    """Writes a state vector as the numbers of its bins.
+
+    Raises `QuantVLAError` when the statistics it needs are missing.
+    """
+
+    def __init__(self, step: StateText, statistics: FeatureStatistics | None) -> None:
+        self._normalizer = make_normalizer(step.key, step.mode, step.eps, statistics)
+        self._edges = np.linspace(-1, 1, step.bins + 1)[:-1]
+        self.dim = self._normalizer.dim
+
+    def __call__(self, state: NDArray[np.float32]) -> str:
+        """Return the bins of ``state`` (dim,), physical units, with spaces between."""
+        numbers = np.digitize(self._normalizer.normalize(state), self._edges) - 1
+        return " ".join(map(str, numbers.tolist()))
 
 
 class TaskTokenizer:

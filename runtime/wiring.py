@@ -6,12 +6,14 @@ from pathlib import PurePosixPath
 
 from quantvla.runtime.errors import QuantVLAError, explain, nearest
 from quantvla.runtime.manifest import (
+    AddState,
     Images,
     Manifest,
     Normalize,
     PreprocessStep,
     TensorSpec,
     Tokenize,
+    Unnormalize,
 )
 
 _REMEDY = "export the engine again"
@@ -37,6 +39,9 @@ def check_wiring(manifest: Manifest) -> None:
             _check_input(stage.name, spec, made)
         _add(made, stage.outputs)
     _check_guidance(manifest, made)
+    for post in manifest.postprocess:
+        if isinstance(post, AddState):
+            _check_origin(post, made, manifest.action.dim)
 
 
 def _check_guidance(manifest: Manifest, made: dict[str, TensorSpec]) -> None:
@@ -58,6 +63,23 @@ def _check_guidance(manifest: Manifest, made: dict[str, TensorSpec]) -> None:
             "guidance outputs",
             f"expected {[spec.name for spec in outputs]} of the sampler's shapes",
             got=[spec.name for spec in guidance.stage.outputs],
+        )
+
+
+def _check_origin(step: AddState, made: dict[str, TensorSpec], dim: int) -> None:
+    """Raise `QuantVLAError` unless the state that actions are relative to is there and long enough."""
+    source = made.get(step.tensor)
+    if source is None:
+        raise _error(
+            f"postprocessing tensor {step.tensor!r}",
+            "nothing makes it",
+            remedy=f"{nearest(step.tensor, made)}; {_REMEDY}",
+        )
+    if len(step.mask) > min(dim, source.shape[-1]):
+        raise _error(
+            f"postprocessing tensor {step.tensor!r}",
+            f"expected a mask of at most {min(dim, source.shape[-1])}",
+            got=len(step.mask),
         )
 
 
@@ -145,7 +167,7 @@ def _check_action(manifest: Manifest) -> None:
     if action.execute > action.horizon:
         raise _error("action", f"cannot execute more than {action.horizon}", got=action.execute)
     for step in manifest.postprocess:
-        if step.dim != action.dim:
+        if isinstance(step, Unnormalize) and step.dim != action.dim:
             raise _error("postprocessing", f"expected dim {action.dim}", got=step.dim)
     for name, spec in (("action", action), ("state", manifest.state)):
         if spec.names and len(spec.names) != spec.dim:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantvla.families import smolvla
+from quantvla.families import pi, smolvla
 from quantvla.families.base import Family, LoadedPolicy
 from quantvla.runtime.errors import explain, nearest
 
-FAMILIES: dict[str, Family] = {family.policy_type: family for family in (smolvla.FAMILY,)}
+FAMILIES: dict[str, Family] = {
+    family.policy_type: family for family in (smolvla.FAMILY, pi.PI0, pi.PI05)
+}
 
 
 def policy_type(directory: Path) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -89,6 +89,10 @@ class LoadedPolicy:
 
     ``structure`` and ``tap_attention`` (see `quantvla.structure`) are what folds and attention
     corrections work with; a family without them compiles with rounding passes only.
+    ``carried`` are small files that loading needs and a copy of the checkpoint would lack, by path
+    relative to it (a tokenizer from elsewhere). ``processor_overrides`` are what lerobot needs to
+    build the checkpoint's own preprocessor here, by step. ``stored_names`` are the names in the
+    weights file of parameters that have another one there.
     """
 
     directory: Path
@@ -99,6 +103,9 @@ class LoadedPolicy:
     interface: Interface
     structure: Structure = EMPTY
     tap_attention: TapAttention = no_attention
+    carried: Mapping[str, bytes] = field(default_factory=dict)
+    processor_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def used_sites(self) -> tuple[Site, ...]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from quantvla.runtime.errors import explain
+from quantvla.runtime.errors import QuantVLAError, explain
 from quantvla.runtime.manifest import FeatureStatistics
 
 WEIGHTS_FILE = "model.safetensors"
@@ -28,28 +33,57 @@ class ProcessorStep:
     state_file: Path | None
 
 
-def load_weights_(policy: nn.Module, directory: Path, absent: frozenset[str]) -> None:
-    """Copy the checkpoint's weights into ``policy``; every parameter must be there and none left over.
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Have what is built in the block take no memory for parameters: they come from a file later.
+
+    Buffers are real, and nothing moves between devices or types.
+    """
+    with (
+        init_empty_weights(include_buffers=False),
+        mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
+    ):
+        yield
+
+
+def weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the stored weights by name, without reading them."""
+    path = _weights_file(directory)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def load_weights_(
+    policy: nn.Module,
+    directory: Path,
+    absent: frozenset[str],
+    *,
+    stored_names: Mapping[str, str] | None = None,
+    in_place: bool = True,
+) -> None:
+    """Give ``policy`` the checkpoint's weights; every parameter must be there and none left over.
 
     lerobot loads non-strictly, so a policy with random layers can go unnoticed. Weights that the
-    class ties to another one may be absent, and so may those of ``absent``.
+    class ties to another one may be absent, and so may those of ``absent``. ``stored_names`` are
+    names in the file of parameters that have another one there. Not ``in_place``, parameters are
+    the file's own pages in memory, which the system can drop and read again; float32 as stored.
     """
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        raise explain(
-            directory, f"has no {WEIGHTS_FILE}", remedy="copy the whole checkpoint directory"
-        )
+    path = _weights_file(directory)
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise explain(
-            path,
-            "cannot be read as safetensors",
-            got=error,
-            remedy="the file is damaged: copy it again",
-        ) from error
+        raise _damaged(path, error) from error
+    for name, stored in (stored_names or {}).items():
+        state[name] = state[stored]
+    for stored in set((stored_names or {}).values()) - set(stored_names or {}):
+        del state[stored]
+    if not in_place:
+        state = {name: value.float() for name, value in state.items()}
     try:
-        missing, unexpected = policy.load_state_dict(state, strict=False)
+        missing, unexpected = policy.load_state_dict(state, strict=False, assign=not in_place)
     except RuntimeError as error:
         raise explain(
             path,
@@ -66,6 +100,37 @@ def load_weights_(policy: nn.Module, directory: Path, absent: frozenset[str]) ->
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})",
             remedy="use the config.json that was saved with these weights",
         )
+    if not in_place:
+        _fill_absent_(policy, absent)
+
+
+def _fill_absent_(policy: nn.Module, absent: frozenset[str]) -> None:
+    """Let absent parameters read as zeros that take no memory: what runs through them is never read."""
+    for name, value in list(policy.named_parameters()):
+        if value.is_meta and name in absent:
+            module, _, leaf = name.rpartition(".")
+            zeros = torch.zeros(()).expand(value.shape)
+            policy.get_submodule(module).register_parameter(
+                leaf, nn.Parameter(zeros, requires_grad=False)
+            )
+
+
+def _weights_file(directory: Path) -> Path:
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise explain(
+            directory, f"has no {WEIGHTS_FILE}", remedy="copy the whole checkpoint directory"
+        )
+    return path
+
+
+def _damaged(path: Path, error: Exception) -> QuantVLAError:
+    return explain(
+        path,
+        "cannot be read as safetensors",
+        got=error,
+        remedy="the file is damaged: copy it again",
+    )
 
 
 def _is_tied(policy: nn.Module, name: str, present: Any) -> bool:

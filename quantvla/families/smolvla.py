@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from quantvla.families.base import Family, LoadedPolicy, Site, Stage
+from quantvla.families.blocks import SIGLIP_NORMS, SitePattern, find_sites, tower
 from quantvla.families.lerobot_checkpoint import load_weights_
 from quantvla.families.smolvla_interface import image_size, make_interface
 from quantvla.families.smolvla_structure import make_structure, tap_attention
@@ -82,7 +82,7 @@ def load(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
     """Load a SmolVLA checkpoint directory; parameters named in ``absent`` may be missing from it."""
     config = read_config(directory)
     policy = build_policy(directory, config, absent)
-    sites = _sites(policy)
+    sites = find_sites(policy, _PATTERNS, lambda site: _adjust(policy, site))
     return LoadedPolicy(
         directory=directory,
         family=FAMILY.policy_type,
@@ -92,80 +92,43 @@ def load(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
         tap_attention=lambda callback: tap_attention(policy, callback),
         stages=_stages(policy, config),
         interface=make_interface(directory, config),
+        processor_overrides={"tokenizer_processor": {"tokenizer_name": config.vlm_model_name}},
     )
 
 
 # ----------------------------------------------------------------------------------------- sites
-@dataclass(frozen=True)
-class _SitePattern:
-    pattern: str
-    stage: str
-    part: str
-    role: str
-
-
-_BACKBONE = r"model\.vlm_with_expert\.vlm\.model\."
-_EXPERT = r"model\.vlm_with_expert\.lm_expert\.layers\.(?P<layer>\d+)\."
-_VISION = _BACKBONE + r"vision_model\.encoder\.layers\.(?P<layer>\d+)\."
-_LLM = _BACKBONE + r"text_model\.layers\.(?P<layer>\d+)\."
-_ATTENTION = r"self_attn\.(?P<kind>q_proj|k_proj|v_proj|o_proj|out_proj)"
-_MLP = r"mlp\.(?P<kind>gate_proj|up_proj|down_proj|fc1|fc2)"
+_BACKBONE = "model.vlm_with_expert.vlm.model."
 _PATTERNS = (
-    _SitePattern(_VISION + _ATTENTION, "vision", "vision", "attention"),
-    _SitePattern(_VISION + _MLP, "vision", "vision", "mlp"),
-    _SitePattern(
-        _BACKBONE + r"connector\.modality_projection\.(?P<kind>proj)",
-        "vision",
-        "connector",
-        "projection",
+    *tower(_BACKBONE + "vision_model.encoder", "vision", "vision", SIGLIP_NORMS),
+    *tower(_BACKBONE + "text_model", "prefix", "llm"),
+    *tower("model.vlm_with_expert.lm_expert", "denoise", "expert"),
+    SitePattern(
+        r".*\.connector\.modality_projection\.(?P<kind>proj)", "vision", "connector", "projection"
     ),
-    _SitePattern(_LLM + _ATTENTION, "prefix", "llm", "attention"),
-    _SitePattern(_LLM + _MLP, "prefix", "llm", "mlp"),
-    _SitePattern(_EXPERT + _ATTENTION, "denoise", "expert", "attention"),
-    _SitePattern(_EXPERT + _MLP, "denoise", "expert", "mlp"),
-    _SitePattern(r"model\.(?P<kind>state_proj)", "prefix", "encoder", "projection"),
-    _SitePattern(
+    SitePattern(r"model\.(?P<kind>state_proj)", "prefix", "encoder", "projection"),
+    SitePattern(
         r"model\.(?P<kind>action_in_proj|action_time_mlp_in|action_time_mlp_out)",
         "denoise",
         "encoder",
         "projection",
     ),
-    _SitePattern(r"model\.(?P<kind>action_out_proj)", "denoise", "decoder", "projection"),
-    _SitePattern(r"model\.vlm_with_expert\.vlm\.(?P<kind>lm_head)", "prefix", "llm", "head"),
+    SitePattern(r"model\.(?P<kind>action_out_proj)", "denoise", "decoder", "projection"),
+    SitePattern(r"model\.vlm_with_expert\.vlm\.(?P<kind>lm_head)", "prefix", "llm", "head"),
 )
-_PRODUCERS = {
-    "q_proj": "{norm1}", "k_proj": "{norm1}", "v_proj": "{norm1}",
-    "gate_proj": "{norm2}", "up_proj": "{norm2}", "fc1": "{norm2}",
-    "o_proj": "{block}self_attn.v_proj", "out_proj": "{block}self_attn.v_proj",
-    "down_proj": "{block}mlp.up_proj", "fc2": "{block}mlp.fc1",
-}  # fmt: skip
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def _sites(policy: SmolVLAPolicy) -> tuple[Site, ...]:
-    linears = {n: m for n, m in policy.named_modules() if isinstance(m, nn.Linear)}
-    return tuple(_site(policy, name, linear) for name, linear in linears.items())
-
-
-def _site(policy: SmolVLAPolicy, name: str, linear: nn.Linear) -> Site:
-    for entry in _PATTERNS:
-        if match := re.fullmatch(entry.pattern, name):
-            break
-    else:
-        raise explain(
-            name, "a linear this family does not know", remedy="add it to families/smolvla.py"
-        )
-    groups = match.groupdict()
-    kind, layer = groups["kind"], int(groups["layer"]) if "layer" in groups else None
-    cross = entry.part == "expert" and _is_cross_attention(policy, layer)
-    return Site(
-        name=name, stage=entry.stage, part=entry.part, role=entry.role, kind=kind, layer=layer,
-        out_features=linear.out_features, in_features=linear.in_features,
-        bias=linear.bias is not None,
-        producer=_producer(name, entry.part, kind, layer, cross),
-        siblings=_sibling_names(name, kind, cross),
-        unused=_unused(policy, entry.part, kind, layer),
-    )  # fmt: skip
+def _adjust(policy: SmolVLAPolicy, site: Site) -> Site:
+    """Return the site with what SmolVLA does otherwise than other transformers."""
+    site = replace(site, unused=_unused(policy, site.part, site.kind, site.layer))
+    if site.kind == "action_out_proj":
+        return replace(site, producer="model.vlm_with_expert.lm_expert.norm")
+    cross = site.part == "expert" and _is_cross_attention(policy, site.layer)
+    if cross and site.kind in ("q_proj", "k_proj", "v_proj"):
+        producer = site.producer
+        if site.kind != "q_proj":  # reads the language model's cached keys or values
+            producer = f"{_BACKBONE}text_model.layers.{site.layer}.self_attn.{site.kind}"
+        return replace(site, producer=producer, siblings=())
+    return site
 
 
 def _is_cross_attention(policy: SmolVLAPolicy, layer: int | None) -> bool:
@@ -174,30 +137,6 @@ def _is_cross_attention(policy: SmolVLAPolicy, layer: int | None) -> bool:
     return "cross" in model.attention_mode and not (
         every > 0 and layer is not None and layer % every == 0
     )
-
-
-def _producer(name: str, part: str, kind: str, layer: int | None, cross: bool) -> str | None:
-    if kind == "action_out_proj":
-        return "model.vlm_with_expert.lm_expert.norm"
-    if layer is None or kind not in _PRODUCERS:
-        return None
-    if cross and kind in ("k_proj", "v_proj"):  # reads the language model's cached keys or values
-        return f"model.vlm_with_expert.vlm.model.text_model.layers.{layer}.self_attn.{kind}"
-    block = name[: name.index(f".{layer}.") + len(f".{layer}.")]
-    first, second = (
-        ("layer_norm1", "layer_norm2")
-        if part == "vision"
-        else ("input_layernorm", "post_attention_layernorm")
-    )
-    return _PRODUCERS[kind].format(norm1=block + first, norm2=block + second, block=block)
-
-
-def _sibling_names(name: str, kind: str, cross: bool) -> tuple[str, ...]:
-    stem = name.removesuffix(kind)
-    for group in _SIBLINGS:
-        if kind in group and not (cross and group[0] == "q_proj"):
-            return tuple(stem + other for other in group if other != kind)
-    return ()
 
 
 def _unused(policy: SmolVLAPolicy, part: str, kind: str, layer: int | None) -> str:

@@ -12,12 +12,11 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
 from quantvla.families.base import Site
+from quantvla.families.blocks import find_mlps, norm_readers, residual_stream
 from quantvla.structure import (
     Attention,
     AttentionCallback,
-    Mlp,
     Norm,
-    Stream,
     Structure,
     ValueHeads,
     ValueReader,
@@ -38,48 +37,22 @@ def make_structure(policy: SmolVLAPolicy, sites: Sequence[Site]) -> Structure:
     """Return the structure of a policy with these linears; what inference never reads is left out."""
     used = [site for site in sites if not site.unused]
     blocks = _Blocks({site.name: site for site in used}, policy.model.vlm_with_expert)
+    norms = tuple(
+        Norm(name, "layer" if name.startswith(_VISION) else "rms", readers)
+        for name, readers in norm_readers(used).items()
+    )
+    stream = partial(residual_stream, sites=used, norms=norms, policy=policy)
     return Structure(
-        norms=tuple(_norms(used)),
+        norms=norms,
         attentions=tuple(blocks.attentions()),
         values=tuple(blocks.values()),
-        mlps=tuple(_mlps(used)),
+        mlps=tuple(find_mlps(used)),
         streams=(
-            _stream("language model", _EMBEDDERS, used, "llm", _LLM, policy),
-            _stream("action head", ("model.action_time_mlp_out",), used, "expert", _EXPERT, policy),
-            _stream("vision tower", (), used, "vision", _VISION, policy, obstacle=_CENTRED),
+            stream("language model", _EMBEDDERS, part="llm", root=_LLM),
+            stream("action head", ("model.action_time_mlp_out",), part="expert", root=_EXPERT),
+            stream("vision tower", (), part="vision", root=_VISION, obstacle=_CENTRED),
         ),
     )
-
-
-def _norms(sites: Sequence[Site]) -> Iterator[Norm]:
-    readers: dict[str, list[str]] = {}
-    for site in sites:
-        if site.producer is not None and "norm" in site.producer.rpartition(".")[2]:
-            readers.setdefault(site.producer, []).append(site.name)
-    for name, names in readers.items():
-        yield Norm(name, "layer" if name.startswith(_VISION) else "rms", tuple(names))
-
-
-def _mlps(sites: Sequence[Site]) -> Iterator[Mlp]:
-    names = {site.name for site in sites}
-    for site in sites:
-        if site.kind in ("down_proj", "fc2"):
-            stem = site.name.removesuffix(site.kind)
-            gated = stem + "gate_proj" in names
-            up = stem + ("up_proj" if gated else "fc1")
-            yield Mlp(up, site.name, stem + "gate_proj" if gated else None)
-
-
-def _stream(
-    name: str, first: tuple[str, ...], sites: Sequence[Site], part: str, root: str,
-    policy: SmolVLAPolicy, *, obstacle: str = "",
-) -> Stream:  # fmt: skip
-    """Return the stream of one tower: every attention and MLP output adds to it, every norm reads it."""
-    last = ("o_proj", "out_proj", "down_proj", "fc2")
-    writers = [site.name for site in sites if site.part == part and site.kind in last]
-    norms = [norm.name for norm in _norms(sites) if norm.name.startswith(root)]
-    reader: Any = policy.get_submodule(norms[0])
-    return Stream(name, int(reader.weight.numel()), (*first, *writers), tuple(norms), obstacle)
 
 
 class _Blocks:

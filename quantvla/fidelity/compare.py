@@ -29,6 +29,7 @@ from quantvla.fidelity.smoothness import Smoothness, chunk_smoothness, pool
 from quantvla.progress import Progress
 from quantvla.runtime.errors import explain
 from quantvla.runtime.machine import physical_cores
+from quantvla.runtime.manifest import command_statistics
 
 Array = NDArray[np.float32]
 
@@ -101,7 +102,7 @@ def compare(
         description = opened.description
     check_robot(heldout.robot, description.cameras, description.state, where=heldout.card.name)
     names = _dimension_names(heldout, description)
-    statistics = description.statistics.get(description.postprocess[0].key)
+    statistics = command_statistics(description.postprocess, description.statistics)
     gripper = find_gripper(names, description.action, statistics)
     execute = description.action.execute
     with ExitStack() as stack:

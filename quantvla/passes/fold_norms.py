@@ -29,16 +29,23 @@ class FoldNorms(
         return [
             Fold(norm.name, partial(fold_norm_, subject, norm))
             for norm in subject.structure.norms
-            if not is_bare(subject, norm)
+            if norm.modulation is None and not is_bare(subject, norm)
         ]
 
-    def notes(self, _subject: Subject) -> tuple[str, ...]:
-        """Return nothing: every norm of the structure folds."""
-        return ()
+    def notes(self, subject: Subject) -> tuple[str, ...]:
+        """Return how many norms do not fold, and why."""
+        modulated = [norm for norm in subject.structure.norms if norm.modulation is not None]
+        if not modulated:
+            return ()
+        return (
+            f"{len(modulated)} norms ({modulated[0].name}, ...) keep gain and shift: they depend on the time",
+        )
 
 
 def is_bare(subject: Subject, norm: Norm) -> bool:
     """Return whether the norm multiplies by one and adds nothing."""
+    if norm.modulation is not None:
+        return False
     gain = subject.floats.get(f"{norm.name}.weight") + norm.offset
     bias = norm.kind == "layer" and bool(subject.floats.get(f"{norm.name}.bias").any())
     return torch.equal(gain, torch.ones_like(gain)) and not bias

@@ -25,14 +25,14 @@ from quantvla.structure import Stream, ValueHeads
 class Rotate(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="rotate"
 ):
-    """Rotate the residual ``streams`` named, and value heads where ``values`` is true.
+    """Rotate the residual ``streams`` named (null: all that a rotation folds into), and value heads where ``values``.
 
     A stream's norms must be bare RMSNorms (``fold_norms`` before it). Values are rotated head by
     head, with one matrix for all towers that attend to them.
     """
 
     phase: ClassVar[Kind] = "equivalence"
-    streams: tuple[str, ...] = ("language model", "action head")
+    streams: tuple[str, ...] | None = None
     values: bool = True
     block: Annotated[int, msgspec.Meta(ge=2)] | None = None
     zigzag: bool = False
@@ -42,7 +42,7 @@ class Rotate(
         """Return one fold per stream and per group of value heads. Raises `QuantVLAError` where one does not fold."""
         known = {stream.name: stream for stream in subject.structure.streams}
         found = []
-        for name in self.streams:
+        for name in [s.name for s in self._all(subject)] if self.streams is None else self.streams:
             if name not in known:
                 raise explain(f"residual stream {name!r}", "unknown", remedy=nearest(name, known))
             matrix = self._matrix(subject, _foldable(subject, known[name]))
@@ -53,7 +53,18 @@ class Rotate(
         return found
 
     def notes(self, subject: Subject) -> tuple[str, ...]:
-        """Return which planned inputs no rotation reaches, and why."""
+        """Return which streams and planned inputs no rotation reaches, and why."""
+        left = [
+            f"residual stream {stream.name!r} is not rotated: {stream.obstacle}"
+            for stream in subject.structure.streams
+            if self.streams is None and stream.obstacle
+        ]
+        return (*left, *self._products(subject))
+
+    def _all(self, subject: Subject) -> Sequence[Stream]:
+        return [stream for stream in subject.structure.streams if not stream.obstacle]
+
+    def _products(self, subject: Subject) -> tuple[str, ...]:
         return tuple(
             f"{mlp.down}: its input is behind a product with an activation function, no rotation folds there"
             for mlp in subject.structure.mlps

@@ -20,7 +20,7 @@ from quantvla.float_weights import FloatWeights, scale_rows
 from quantvla.passes.base import Fold, Kind, Subject
 from quantvla.quantizer import integer_linear, quantize_weight
 from quantvla.statistics import SiteStatistics
-from quantvla.structure import Mlp, Norm, ValueHeads
+from quantvla.structure import Mlp, Modulation, Norm, ValueHeads
 
 Exponent = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Place = Literal["norms", "values", "mlps"]
@@ -161,12 +161,28 @@ def _apply_(floats: FloatWeights, joint: _Joint, scale: Tensor) -> None:
             if floats.has(f"{site}.{kind}"):
                 name = f"{site}.{kind}"
                 floats.put_(name, scale_rows(floats.get(name), scale.reciprocal()))
-    if joint.norm is not None:
+    if joint.norm is not None and joint.norm.modulation is not None:
+        _scale_modulation_(floats, joint.norm, joint.norm.modulation, scale)
+    elif joint.norm is not None:
         name = f"{joint.norm.name}.weight"
         floats.put_(name, (floats.get(name) + joint.norm.offset) / scale - joint.norm.offset)
         if joint.norm.kind == "layer":
             name = f"{joint.norm.name}.bias"
             floats.put_(name, floats.get(name) / scale)
+
+
+def _scale_modulation_(
+    floats: FloatWeights, norm: Norm, modulation: Modulation, scale: Tensor
+) -> None:
+    """Divide gain and shift by ``scale`` (channels,) whatever the time: ``(offset + s)/c`` and ``b/c``."""
+    weight, bias = (f"{modulation.linear}.{kind}" for kind in ("weight", "bias"))
+    factors = torch.ones(modulation.pieces, len(scale), dtype=torch.float64)
+    factors[[modulation.scale, modulation.shift]] = scale.double().reciprocal()
+    offset = torch.zeros_like(factors)
+    offset[modulation.scale] = norm.offset
+    floats.put_(weight, scale_rows(floats.get(weight), factors.reshape(-1)))
+    moved = (floats.get(bias) + offset.reshape(-1)) * factors.reshape(-1) - offset.reshape(-1)
+    floats.put_(bias, moved)
 
 
 def _error(

@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain, nearest
-from quantvla.runtime.manifest import ActionSpec, FeatureStatistics, Manifest
+from quantvla.runtime.manifest import (
+    ActionSpec,
+    FeatureStatistics,
+    Manifest,
+    command_statistics,
+)
 
 Vector = NDArray[np.float64]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -101,7 +106,7 @@ def limits_from_manifest(manifest: Manifest, relative: Sequence[bool] = ()) -> L
     ``relative`` says which entries are displacements (default: none).
     """
     names = joint_names(manifest.action)
-    statistics = manifest.statistics.get(manifest.postprocess[0].key)
+    statistics = command_statistics(manifest.postprocess, manifest.statistics)
     ends = _range(statistics)
     flags = tuple(relative) or (False,) * len(names)
     # Displacements and efforts share names with what the state measures, but not its units.

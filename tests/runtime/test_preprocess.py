@@ -179,7 +179,9 @@ def test_state_statistics_must_fit(directory: Path) -> None:
 
 
 def test_postprocessing_needs_one_step() -> None:
-    with pytest.raises(QuantVLAError, match="expected one unnormalize step, got 0 steps"):
+    with pytest.raises(
+        QuantVLAError, match="expected one unnormalize step, then only add_state steps, got \\[\\]"
+    ):
         Postprocessor([], {})
 
 
