@@ -54,9 +54,13 @@ class FloatWeights:
         return {name: value.detach() for name, value in changed.items() if value is not None}
 
     def load_(self, changed: Mapping[str, Tensor]) -> None:
-        """Repeat the changes of a pass that ran before."""
+        """Repeat the changes of a pass that ran before.
+
+        In memory of their own: a file's pages are aligned otherwise than a computed tensor, and
+        products then round otherwise.
+        """
         for name, value in changed.items():
-            self.put_(name, value)
+            self.put_(name, value.clone())
         self._before.clear()
 
     @contextmanager

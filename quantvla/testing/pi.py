@@ -24,9 +24,9 @@ _NUMBERS = " ".join(map(str, range(256)))
 
 
 _TINY = Widths(
-    language=Gemma(width=64, depth=3, mlp_dim=128, num_kv_heads=1, head_dim=16),
-    expert=Gemma(width=32, depth=3, mlp_dim=64, num_kv_heads=1, head_dim=16),
-    vocabulary=640, expert_vocabulary=8, vision_width=64, vision_mlp=96, vision_depth=2,
+    language=Gemma(width=64, depth=2, mlp_dim=128, num_kv_heads=1, head_dim=16),
+    expert=Gemma(width=32, depth=2, mlp_dim=64, num_kv_heads=1, head_dim=16),
+    vocabulary=640, expert_vocabulary=8, vision_width=64, vision_mlp=96, vision_depth=1,
 )  # fmt: skip
 
 

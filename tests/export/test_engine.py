@@ -9,36 +9,17 @@ import onnx
 import pytest
 import torch
 from msgspec import structs
-from random_observations import random_observation
 
 from quantvla.checkpoint import load_quantized, with_names
 from quantvla.export.engine import export_engine
 from quantvla.export.integers import integer_sites
-from quantvla.float_policy import FloatPolicy
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_tree
 from quantvla.runtime.manifest import VectorSpec, read_manifest
-from quantvla.runtime.policy import Policy
 
 
 def graphs(engine: Path) -> dict[str, onnx.ModelProto]:
     return {stage.name: onnx.load(engine / stage.file) for stage in read_manifest(engine).stages}
-
-
-def test_the_float_engine_does_what_lerobot_does(
-    tiny_checkpoint: Path, tiny_float_engine: Path, tiny_size: Any
-) -> None:
-    reference = FloatPolicy.from_pretrained(tiny_checkpoint)
-    with Policy.from_pretrained(tiny_float_engine, threads=1) as policy:
-        for index in range(3):
-            observation = random_observation(
-                tiny_size, index, task="open the door" if index else "push"
-            )
-            noise = policy.sample_noise(index)
-            ours = policy.predict_action_chunk(observation, noise=noise)
-            theirs = reference.predict_action_chunk(observation, noise=noise)
-            assert ours.shape == (tiny_size.chunk, tiny_size.action_dim)
-            assert np.abs(ours - theirs).max() < 1e-5
 
 
 def test_every_planned_site_is_an_integer_kernel_with_int8_activations(
