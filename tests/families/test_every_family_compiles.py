@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from random_observations import random_observation
 
 from quantvla.calib_sets import CalibrationSet, open_set
 from quantvla.checkpoint import load_quantized, read_card
 from quantvla.export.engine import export_engine
+from quantvla.export.integers import integer_sites
 from quantvla.families import load_policy
 from quantvla.float_policy import FloatPolicy
 from quantvla.quantize import quantize
@@ -72,9 +72,9 @@ def test_a_run_stopped_anywhere_continues_to_the_same_bytes(
 
 
 def test_second_order_rounding_is_closer_than_nearest(
-    checkpoint: Path, frames: CalibrationSet, tmp_path: Path
+    checkpoint: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
-    errors = {}
+    errors, frames = {}, open_set(tiny_set)
     for recipe in ("best-w4a8", "rtn-w4a8"):
         result = quantize(checkpoint, frames, read_recipe(recipe), tmp_path / recipe)
         sites = [site for report in result.reports for site in report.sites]
@@ -110,13 +110,9 @@ def test_the_float_engine_does_what_lerobot_does(
 
 def test_every_planned_site_is_one_integer_kernel(quantized: Path, integer_engine: Path) -> None:
     found = Counter(
-        node.input[1]
-        for stage in read_manifest(integer_engine).stages
-        for node in onnx.load(integer_engine / stage.file, load_external_data=False).graph.node
-        if node.op_type == "MatMulNBits"
+        site.site for site in integer_sites(integer_engine, read_manifest(integer_engine))
     )
-    planned = [f"policy.{entry.site}.qweight" for entry in read_card(quantized).plan.quantized]
-    assert found == Counter(planned)
+    assert found == Counter(entry.site for entry in read_card(quantized).plan.quantized)
 
 
 def test_verification_passes(
