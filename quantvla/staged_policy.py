@@ -18,7 +18,7 @@ from quantvla import staged
 from quantvla.checkpoint import is_quantized, load_quantized
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
-from quantvla.runtime.preprocess import Postprocessor
+from quantvla.runtime.postprocess import Postprocessor
 from quantvla.runtime.sampler import euler_integrate, with_steps
 
 

@@ -7,24 +7,55 @@ and has no code per family.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
 import msgspec
 
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file
+from quantvla.runtime.processing_steps import (
+    AddState as AddState,
+)
+from quantvla.runtime.processing_steps import (
+    FeatureStatistics as FeatureStatistics,
+)
+from quantvla.runtime.processing_steps import (
+    Images as Images,
+)
+from quantvla.runtime.processing_steps import (
+    Normalize as Normalize,
+)
+from quantvla.runtime.processing_steps import (
+    PositiveInt,
+    Strict,
+)
+from quantvla.runtime.processing_steps import (
+    PostprocessStep as PostprocessStep,
+)
+from quantvla.runtime.processing_steps import (
+    PreprocessStep as PreprocessStep,
+)
+from quantvla.runtime.processing_steps import (
+    Prompt as Prompt,
+)
+from quantvla.runtime.processing_steps import (
+    StateText as StateText,
+)
+from quantvla.runtime.processing_steps import (
+    Tokenize as Tokenize,
+)
+from quantvla.runtime.processing_steps import (
+    Unnormalize as Unnormalize,
+)
+from quantvla.runtime.processing_steps import (
+    command_statistics as command_statistics,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
-PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 
-
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all manifest parts: immutable, and an unknown key is an error."""
-
-
-class TensorSpec(_Strict, frozen=True, kw_only=True):
+class TensorSpec(Strict, frozen=True, kw_only=True):
     """Name, numpy dtype name and fixed shape of one tensor that enters or leaves a stage."""
 
     name: str
@@ -32,7 +63,7 @@ class TensorSpec(_Strict, frozen=True, kw_only=True):
     shape: tuple[int, ...]
 
 
-class StageSpec(_Strict, frozen=True, kw_only=True):
+class StageSpec(Strict, frozen=True, kw_only=True):
     """One graph. Inputs are named tensors: made by preprocessing, by an earlier stage, or by the sampler.
 
     ``repeat`` is how many times the sampler runs it for one action chunk. ``native`` is the graph of
@@ -49,7 +80,7 @@ class StageSpec(_Strict, frozen=True, kw_only=True):
     native_attention: bool = False
 
 
-class EulerSampler(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="euler"):
+class EulerSampler(Strict, frozen=True, kw_only=True, tag_field="kind", tag="euler"):
     """Forward Euler: ``x <- x + step * velocity(x, t)`` for each ``t`` in ``timesteps``.
 
     ``state``, ``time`` and ``velocity`` name the tensors of the repeated stage ``stage``;
@@ -68,7 +99,7 @@ class EulerSampler(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="eu
     only_own_times: bool = False
 
 
-class GuidanceSpec(_Strict, frozen=True, kw_only=True):
+class GuidanceSpec(Strict, frozen=True, kw_only=True):
     """The optional graph for guided real-time chunking: the sampler's stage and its Jacobian in one.
 
     ``stage`` has the inputs of the policy's denoise step, whatever a target moved out of its own
@@ -83,135 +114,7 @@ class GuidanceSpec(_Strict, frozen=True, kw_only=True):
     correction: str
 
 
-class Images(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="images"):
-    """HWC uint8 RGB images -> ``output`` (cameras, 3, height, width) float32, in the order of ``keys``.
-
-    Pixels / 255; bilinear resize without antialiasing that keeps the aspect ratio; padding with
-    ``pad_value`` (in [0, 1]) left and top, or around the centred image; then ``scale * x + offset``.
-    Resize is skipped when ``resize`` is null; ``resize`` is (height, width).
-    """
-
-    keys: tuple[str, ...]
-    output: str
-    resize: tuple[PositiveInt, PositiveInt] | None
-    pad_value: float
-    scale: float
-    offset: float
-    pad: Literal["top_left", "around"] = "top_left"
-
-
-class Normalize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="normalize"):
-    """A vector of the observation -> ``output``, normalized with the statistics of ``key``.
-
-    Modes as in lerobot's NormalizerProcessorStep (``eps`` guards the division). The result is
-    padded with zeros to ``pad_to`` and gets a leading batch axis: (1, pad_to) float32.
-    """
-
-    key: str
-    output: str
-    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
-    eps: float
-    pad_to: PositiveInt
-
-
-class StateText(_Strict, frozen=True, kw_only=True):
-    """The state as text: the vector at ``key``, normalized like `Normalize`, then for each entry the number of its bin.
-
-    ``bins`` equal bins cover [-1, 1); what lies below is -1, what lies above the last number.
-    """
-
-    key: str
-    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
-    eps: float
-    bins: PositiveInt
-
-
-class Prompt(_Strict, frozen=True, kw_only=True):
-    """How a sentence becomes the text that is tokenized.
-
-    Stripped where ``strip``, in lower case where ``lower``, without what the regular expression
-    ``drop`` matches, then every pair of ``replace``, in order; last it takes the place of
-    ``{task}`` in ``template``, and the state's numbers, with spaces between, that of ``{state}``.
-    """
-
-    template: str = "{task}"
-    strip: bool = False
-    lower: bool = False
-    drop: str = ""
-    replace: tuple[tuple[str, str], ...] = ()
-    state: StateText | None = None
-
-
-class Tokenize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="tokenize"):
-    """The task sentence -> ``tokens`` (1, max_length) int64 and ``mask`` (1, max_length) bool.
-
-    The sentence is put into ``prompt``; ``suffix`` is appended unless the text ends with it.
-    ``file`` is a `tokenizers` JSON file in the engine directory. Padded on the right with
-    ``pad_id``; longer text is cut at ``max_length``.
-    """
-
-    key: str
-    file: str
-    suffix: str
-    max_length: PositiveInt
-    pad_id: int
-    tokens: str
-    mask: str
-    prompt: Prompt = Prompt()
-
-
-PreprocessStep = Images | Normalize | Tokenize
-
-
-class Unnormalize(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unnormalize"):
-    """Model output (1, horizon, padded) -> (horizon, dim) in physical units, statistics of ``key``."""
-
-    key: str
-    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
-    eps: float
-    dim: PositiveInt
-
-
-class AddState(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="add_state"):
-    """Actions relative to the state of their observation -> absolute ones.
-
-    Entry i of every action gets entry i of ``tensor`` (1, at least dim), which preprocessing made,
-    where ``mask`` is true; ``mask`` covers the leading entries.
-    """
-
-    tensor: str
-    mask: tuple[bool, ...]
-
-
-PostprocessStep = Unnormalize | AddState
-
-
-class FeatureStatistics(_Strict, frozen=True, kw_only=True):
-    """Per-dimension statistics of one feature, physical units; absent ones are null."""
-
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    min: tuple[float, ...] | None = None
-    max: tuple[float, ...] | None = None
-    q01: tuple[float, ...] | None = None
-    q99: tuple[float, ...] | None = None
-    q10: tuple[float, ...] | None = None
-    q90: tuple[float, ...] | None = None
-
-
-def command_statistics(
-    steps: tuple[PostprocessStep, ...], statistics: dict[str, FeatureStatistics]
-) -> FeatureStatistics | None:
-    """Return the statistics of the commands that postprocessing returns.
-
-    None where there are none: the statistics of actions relative to the state are of displacements.
-    """
-    first, *rest = steps
-    relative = any(isinstance(step, AddState) and any(step.mask) for step in rest)
-    return None if relative or not isinstance(first, Unnormalize) else statistics.get(first.key)
-
-
-class CameraSpec(_Strict, frozen=True, kw_only=True):
+class CameraSpec(Strict, frozen=True, kw_only=True):
     """A camera the policy was trained with: observation key and (height, width) of its images."""
 
     key: str
@@ -219,7 +122,7 @@ class CameraSpec(_Strict, frozen=True, kw_only=True):
     width: PositiveInt
 
 
-class VectorSpec(_Strict, frozen=True, kw_only=True):
+class VectorSpec(Strict, frozen=True, kw_only=True):
     """A vector feature: observation key, length and the names of its entries (empty if unknown)."""
 
     key: str
@@ -227,7 +130,7 @@ class VectorSpec(_Strict, frozen=True, kw_only=True):
     names: tuple[str, ...] = ()
 
 
-class ActionSpec(_Strict, frozen=True, kw_only=True):
+class ActionSpec(Strict, frozen=True, kw_only=True):
     """What a chunk is: ``horizon`` steps of ``dim`` numbers, of which ``execute`` are run before the next."""
 
     horizon: PositiveInt
@@ -236,7 +139,7 @@ class ActionSpec(_Strict, frozen=True, kw_only=True):
     names: tuple[str, ...] = ()
 
 
-class Source(_Strict, frozen=True, kw_only=True):
+class Source(Strict, frozen=True, kw_only=True):
     """Where the engine came from."""
 
     checkpoint_sha256: str
@@ -244,7 +147,7 @@ class Source(_Strict, frozen=True, kw_only=True):
     calibration_sha256: str | None = None
 
 
-class Manifest(_Strict, frozen=True, kw_only=True):
+class Manifest(Strict, frozen=True, kw_only=True):
     """The content of ``manifest.json``."""
 
     schema_version: int

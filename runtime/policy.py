@@ -17,7 +17,8 @@ from quantvla.runtime.engine import Durations, Engine, Tensors
 from quantvla.runtime.errors import explain
 from quantvla.runtime.guidance import ActionPrefix, Guidance, make_guidance
 from quantvla.runtime.manifest import Manifest, check_files, read_manifest
-from quantvla.runtime.preprocess import Observation, Postprocessor, Preprocessor
+from quantvla.runtime.postprocess import Postprocessor
+from quantvla.runtime.preprocess import Observation, Preprocessor
 from quantvla.runtime.sampler import standard_noise
 from quantvla.runtime.stepping import SteppedPolicy
 from quantvla.runtime.wiring import check_wiring

@@ -26,7 +26,8 @@ from quantvla.runtime.manifest import (
     Unnormalize,
     VectorSpec,
 )
-from quantvla.runtime.preprocess import Postprocessor, Preprocessor
+from quantvla.runtime.postprocess import Postprocessor
+from quantvla.runtime.preprocess import Preprocessor
 
 STATISTICS = {
     "observation.state": FeatureStatistics(mean=(0.5, -1.0, 2.0), std=(1.0, 2.0, 0.5)),

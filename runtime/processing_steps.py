@@ -1,0 +1,141 @@
+"""The steps before and after a policy, as data: a part of the manifest."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all parts of a manifest: immutable, and an unknown key is an error."""
+
+
+class Images(Strict, frozen=True, kw_only=True, tag_field="kind", tag="images"):
+    """HWC uint8 RGB images -> ``output`` (cameras, 3, height, width) float32, in the order of ``keys``.
+
+    Pixels / 255; bilinear resize without antialiasing that keeps the aspect ratio; padding with
+    ``pad_value`` (in [0, 1]) left and top, or around the centred image; then ``scale * x + offset``.
+    Resize is skipped when ``resize`` is null; ``resize`` is (height, width).
+    """
+
+    keys: tuple[str, ...]
+    output: str
+    resize: tuple[PositiveInt, PositiveInt] | None
+    pad_value: float
+    scale: float
+    offset: float
+    pad: Literal["top_left", "around"] = "top_left"
+
+
+class Normalize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="normalize"):
+    """A vector of the observation -> ``output``, normalized with the statistics of ``key``.
+
+    Modes as in lerobot's NormalizerProcessorStep (``eps`` guards the division). The result is
+    padded with zeros to ``pad_to`` and gets a leading batch axis: (1, pad_to) float32.
+    """
+
+    key: str
+    output: str
+    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    eps: float
+    pad_to: PositiveInt
+
+
+class StateText(Strict, frozen=True, kw_only=True):
+    """The state as text: the vector at ``key``, normalized like `Normalize`, then for each entry the number of its bin.
+
+    ``bins`` equal bins cover [-1, 1); what lies below is -1, what lies above the last number.
+    """
+
+    key: str
+    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    eps: float
+    bins: PositiveInt
+
+
+class Prompt(Strict, frozen=True, kw_only=True):
+    """How a sentence becomes the text that is tokenized.
+
+    Stripped where ``strip``, in lower case where ``lower``, without what the regular expression
+    ``drop`` matches, then every pair of ``replace``, in order; last it takes the place of
+    ``{task}`` in ``template``, and the state's numbers, with spaces between, that of ``{state}``.
+    """
+
+    template: str = "{task}"
+    strip: bool = False
+    lower: bool = False
+    drop: str = ""
+    replace: tuple[tuple[str, str], ...] = ()
+    state: StateText | None = None
+
+
+class Tokenize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="tokenize"):
+    """The task sentence -> ``tokens`` (1, max_length) int64 and ``mask`` (1, max_length) bool.
+
+    The sentence is put into ``prompt``; ``suffix`` is appended unless the text ends with it.
+    ``file`` is a `tokenizers` JSON file in the engine directory. Padded on the right with
+    ``pad_id``; longer text is cut at ``max_length``.
+    """
+
+    key: str
+    file: str
+    suffix: str
+    max_length: PositiveInt
+    pad_id: int
+    tokens: str
+    mask: str
+    prompt: Prompt = Prompt()
+
+
+PreprocessStep = Images | Normalize | Tokenize
+
+
+class Unnormalize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="unnormalize"):
+    """Model output (1, horizon, padded) -> (horizon, dim) in physical units, statistics of ``key``."""
+
+    key: str
+    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    eps: float
+    dim: PositiveInt
+
+
+class AddState(Strict, frozen=True, kw_only=True, tag_field="kind", tag="add_state"):
+    """Actions relative to the state of their observation -> absolute ones.
+
+    Entry i of every action gets entry i of ``tensor`` (1, at least dim), which preprocessing made,
+    where ``mask`` is true; ``mask`` covers the leading entries.
+    """
+
+    tensor: str
+    mask: tuple[bool, ...]
+
+
+PostprocessStep = Unnormalize | AddState
+
+
+class FeatureStatistics(Strict, frozen=True, kw_only=True):
+    """Per-dimension statistics of one feature, physical units; absent ones are null."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    min: tuple[float, ...] | None = None
+    max: tuple[float, ...] | None = None
+    q01: tuple[float, ...] | None = None
+    q99: tuple[float, ...] | None = None
+    q10: tuple[float, ...] | None = None
+    q90: tuple[float, ...] | None = None
+
+
+def command_statistics(
+    steps: tuple[PostprocessStep, ...], statistics: dict[str, FeatureStatistics]
+) -> FeatureStatistics | None:
+    """Return the statistics of the commands that postprocessing returns.
+
+    None where there are none: the statistics of actions relative to the state are of displacements.
+    """
+    first, *rest = steps
+    relative = any(isinstance(step, AddState) and any(step.mask) for step in rest)
+    return None if relative or not isinstance(first, Unnormalize) else statistics.get(first.key)
