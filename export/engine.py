@@ -124,20 +124,20 @@ def _write_stages(
     ]
     (directory / REWRITES_FILE).write_bytes(encode_rewrites(rewrites))
     specs = tuple(
-        _write_stage(directory, graph, blocks if own_kernels else None) for graph in graphs
+        write_stage(directory, graph, blocks if own_kernels else None) for graph in graphs
     )
     return specs, any(graph.only_own_times for graph in graphs)
 
 
-def _write_stage(directory: Path, graph: StageGraph, blocks: Mapping[str, int] | None) -> StageSpec:
+def write_stage(directory: Path, graph: StageGraph, blocks: Mapping[str, int] | None) -> StageSpec:
     """Write a stage's graph and, with ``blocks`` (of the integer sites), the one of own operators."""
     integer = blocks is not None and store_panels_(graph.model, blocks) > 0
     store_half_scales_(graph.model)
     file, *_ = save_graph(graph.model, directory / f"{graph.name}.onnx")
-    native, attention = "", 0
+    native = ""
     if integer:
         native = f"{graph.name}.native.onnx"
-        _, attention = derive_native(directory / file, directory / native, bfloat16_attention=True)
+        derive_native(directory / file, directory / native)
     return StageSpec(
         name=graph.name,
         file=file,
@@ -145,7 +145,6 @@ def _write_stage(directory: Path, graph: StageGraph, blocks: Mapping[str, int] |
         inputs=graph.inputs,
         outputs=graph.outputs,
         native=native,
-        native_attention=attention > 0,
     )
 
 

@@ -2,7 +2,7 @@
 
 - ``MatMulNBits`` on panels becomes ``quantvla.IntegerLinear``, with the activation that follows it and the
   tensor that is then added or multiplied;
-- ``MultiHeadAttention`` becomes ``quantvla.Attention``, whose products are bfloat16, where that is asked for.
+- ``MultiHeadAttention`` becomes ``quantvla.Attention``, whose products are bfloat16 where the processor has them.
 
 The arithmetic of a linear layer is that of its scheme; see `quantvla.quantizer.integer_linear`.
 """
@@ -22,13 +22,13 @@ _ATTENTION_WIDTH = 32  # a head is a multiple of this wide
 _LAYOUT = ("Reshape", "Transpose", "Expand", "Cast")
 
 
-def derive_native(stock: Path, output: Path, *, bfloat16_attention: bool) -> tuple[int, int]:
+def derive_native(stock: Path, output: Path) -> tuple[int, int]:
     """Write the graph of own operators for the graph at ``stock``, in the same directory; returns how many
     linears and attentions it has.
     """
     model = ir.load(stock)
     linears = fuse_linears_(model)
-    attentions = fuse_attention_(model) if bfloat16_attention else 0
+    attentions = fuse_attention_(model)
     model.opset_imports[NATIVE_DOMAIN] = 1
     RemoveUnusedNodesPass()(model)
     NameFixPass()(model)

@@ -67,8 +67,7 @@ class StageSpec(Strict, frozen=True, kw_only=True):
     """One graph. Inputs are named tensors: made by preprocessing, by an earlier stage, or by the sampler.
 
     ``repeat`` is how many times the sampler runs it for one action chunk. ``native`` is the graph of
-    the project's own operators on the same weights, "" if there is none; ``native_attention`` says that
-    it has attention in bfloat16, which not every processor can run.
+    the project's own operators on the same weights, "" if there is none.
     """
 
     name: str
@@ -77,7 +76,6 @@ class StageSpec(Strict, frozen=True, kw_only=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     native: str = ""
-    native_attention: bool = False
 
 
 class EulerSampler(Strict, frozen=True, kw_only=True, tag_field="kind", tag="euler"):

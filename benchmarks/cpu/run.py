@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="chunks a turn")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--recipes", nargs="*", default=["float", "int8", "w4a8"])
+    parser.add_argument("--recipes", nargs="*", default=["float", "int8", "w4a8-fast"])
     parser.add_argument(
         "--openvino", type=Path, help="Python of an environment with openvino and nncf"
     )

@@ -14,6 +14,7 @@ from rich.table import Table
 from quantvla.cli import options
 from quantvla.export.integers import IntegerSite, integer_sites
 from quantvla.plan import CARD_FILE
+from quantvla.runtime import kernels
 from quantvla.runtime.manifest import Manifest, check_files, encode_manifest, read_manifest
 from quantvla.schemes import scheme_name
 
@@ -31,7 +32,9 @@ def inspect(engine: Path, as_json: bool) -> None:
         return
     manifest = read_manifest(engine)
     check_files(engine, manifest)
-    operators = {stage.name: _operators(engine / stage.file) for stage in manifest.stages}
+    operators = {
+        stage.name: _operators(engine / kernels.graph_file(stage)) for stage in manifest.stages
+    }
     formats = _formats(engine, manifest)
     if as_json:
         click.echo(
@@ -59,6 +62,7 @@ def inspect(engine: Path, as_json: bool) -> None:
     Console().print(table)
     if formats:
         Console().print(_formats_table(formats))
+        Console().print(f"integer linears run on {_kernels(manifest)} kernels on this machine")
 
 
 def _print_card(directory: Path, *, as_json: bool) -> None:
@@ -107,6 +111,13 @@ def _formats(engine: Path, manifest: Manifest) -> list[Format]:
         )
         for key, sites in found.items()
     ]  # fmt: skip
+
+
+def _kernels(manifest: Manifest) -> str:
+    """Return whose kernels run the integer linears here, and why where they are not the project's own."""
+    if any(stage.native for stage in manifest.stages):
+        return kernels.available().describe()
+    return "ONNX Runtime's (the engine has no graphs of own operators)"
 
 
 def _formats_table(formats: list[Format]) -> Table:

@@ -18,7 +18,7 @@ from quantvla.staged import run_stage
 DEFAULT_FORMATS = (
     "float", "w4a8:16", "w4a8:32", "w4a8:64", "w4a8:128", "w8a8:32", "w8a8:128", "w8a8-dynamic",
 )  # fmt: skip
-KERNEL_BLOCKS = (16, 32, 64, 128, 256)
+KERNEL_BLOCKS = (16, 32, 48, 64, 128, 192, 240, 256, 320)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantvla.export.engine import TARGETS
-from quantvla.export.graphs import export_graph, save_graph
-from quantvla.export.half_scales import store_half_scales_
+from quantvla.export.engine import OWN_KERNELS, TARGETS, write_stage
+from quantvla.export.graphs import export_graph
+from quantvla.export.stages import StageGraph
 from quantvla.families.base import Stage
 from quantvla.mixed.latency import Kernel, KernelTime, LatencyTable, Machine, TableFile
 from quantvla.mixed.offers import parse_formats
@@ -26,7 +26,7 @@ from quantvla.quantizer import QuantizedWeight
 from quantvla.runtime.backend import backend_for
 from quantvla.runtime.errors import explain, nearest
 from quantvla.runtime.machine import physical_cores, processor
-from quantvla.runtime.manifest import StageSpec, TensorSpec
+from quantvla.runtime.manifest import TensorSpec
 from quantvla.schemes import FLOAT, Scheme, resolve_scheme
 
 ROUNDS = 25
@@ -115,7 +115,7 @@ def _kernel(kernel: Kernel, machine: Machine, directory: Path) -> Call:
     )
     module = _module(kernel, scheme, machine.target)
     output = (*kernel.shape[:-1], kernel.out_features)
-    return _session(module, kernel.shape, output, machine, directory)
+    return _session(module, kernel.shape, output, machine, directory, scheme.block)
 
 
 def _module(kernel: Kernel, scheme: Scheme, target: str) -> nn.Module:
@@ -136,16 +136,19 @@ def _session(
     output: tuple[int, ...],
     machine: Machine,
     directory: Path,
+    block: int = 0,
 ) -> Call:
-    """Return a call of the module as the engine would run it: the same export, the same session."""
+    """Return a call of the module as the engine would run it: the same export, the same session.
+
+    ``block`` is that of an integer linear's scheme, 0 for float.
+    """
     x = TensorSpec(name="x", dtype="float32", shape=shape)
     y = TensorSpec(name="y", dtype="float32", shape=output)
-    model = export_graph(Stage("kernel", module, (x,), (y,)))
-    store_half_scales_(model)
+    graph = StageGraph("kernel", 1, export_graph(Stage("kernel", module, (x,), (y,))), {})
     directory.mkdir()
-    file, *_ = save_graph(model, directory / "kernel.onnx")
-    spec = StageSpec(name="kernel", file=file, repeat=1, inputs=(x,), outputs=(y,))
-    session = backend_for(machine.target).load(directory / file, spec, machine.threads)
+    blocks = {"qweight": block} if block and machine.target in OWN_KERNELS else None
+    spec = write_stage(directory, graph, blocks)
+    session = backend_for(machine.target).load(directory / spec.file, spec, machine.threads)
     tensors = {"x": np.random.default_rng(0).standard_normal(shape, np.float32)}
 
     def call() -> None:

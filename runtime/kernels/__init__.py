@@ -2,8 +2,7 @@
 
 Engines do not depend on it: a stage that has a graph of own operators (``StageSpec.native``) has one of
 ONNX Runtime's operators too, which runs where the library is missing, does not load or is switched
-off (environment variable ``QUANTVLA_KERNELS=off``), and on processors without bfloat16 products if the
-engine uses them. Which one it is stands in `available`.
+off (environment variable ``QUANTVLA_KERNELS=off``). Which one it is stands in `available`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Kernels:
     """The library on this machine.
 
     ``library`` is None where it cannot be used, for the ``reason``. ``linear`` and ``attention`` name the
-    instruction sets that this processor gets ("" for attention: it has no bfloat16 products).
+    instruction sets that this processor gets.
     """
 
     library: Path | None
@@ -40,7 +39,7 @@ class Kernels:
         """Return in words what runs integer linears here."""
         if self.library is None:
             return f"ONNX Runtime's ({self.reason})"
-        return f"own, {self.linear}" + (f", attention {self.attention}" if self.attention else "")
+        return f"own, {self.linear}, attention {self.attention}"
 
 
 def available() -> Kernels:
@@ -73,9 +72,7 @@ def _load(path: Path, switch: str) -> Kernels:
 
 def graph_file(stage: StageSpec) -> str:
     """Return the file of the graph that runs here: of own operators if there is one and all are available."""
-    found = available()
-    usable = found.library is not None and (found.attention or not stage.native_attention)
-    return stage.native if stage.native and usable else stage.file
+    return stage.native if stage.native and available().library is not None else stage.file
 
 
 def session_options() -> Any:

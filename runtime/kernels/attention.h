@@ -1,4 +1,5 @@
-// Attention in bfloat16: products of bfloat16 numbers, sums, maxima and exponentials in float32.
+// Attention: softmax(scale q k^T + bias) v. Products are of bfloat16 numbers where the processor has them, else of
+// float32; sums, maxima and exponentials are float32 always.
 #pragma once
 
 #include <cstddef>
@@ -16,20 +17,23 @@ struct Attention {
   float scale;
 
   int padded_keys() const { return (keys + 31) / 32 * 32; }
-  size_t packed_size() const { return static_cast<size_t>(padded_keys()) * dim * 2; }  // of one head: keys, values
+  size_t packed_size() const { return static_cast<size_t>(padded_keys()) * dim * 2; }  // numbers: keys, values of a head
 };
 
 constexpr int kQueryBlock = 48;
 
 struct AttentionKernels {
   const char* name;
+  size_t number_bytes;  // of a packed number
   // Pack keys and values of head `index` (of batch * heads) to `packed`.
-  void (*pack)(const Attention&, int index, uint16_t* packed);
+  void (*pack)(const Attention&, int index, void* packed);
   // Compute queries [begin, end) of head `index`, at most kQueryBlock.
-  void (*attend)(const Attention&, int index, const uint16_t* packed, int begin, int end);
+  void (*attend)(const Attention&, int index, const void* packed, int begin, int end);
 };
 
-// Null where the processor has no fast bfloat16 products.
-const AttentionKernels* attention_of_this_processor();
+// The fastest that this processor has.
+const AttentionKernels& attention_of_this_processor();
+// The one called `name`, null if it is not compiled in or this processor lacks it.
+const AttentionKernels* attention_by_name(const char* name);
 
 }  // namespace quantvla

@@ -67,7 +67,8 @@ inline __m512 power_of_two(__m512 x) {
 }
 
 // keys: [keys/16][dim/2][16][2]; values: [dim/16][keys/2][16][2]; what is past the last key is zero.
-void pack(const Attention& t, int index, uint16_t* packed) {
+void pack(const Attention& t, int index, void* to_packed) {
+  auto* packed = static_cast<uint16_t*>(to_packed);
   const int b = index / t.heads, h = index % t.heads, padded = t.padded_keys(), width = t.heads * t.dim;
   const float* k = t.k + (static_cast<size_t>(b) * t.keys) * width + h * t.dim;
   const float* v = t.v + (static_cast<size_t>(b) * t.keys) * width + h * t.dim;
@@ -124,7 +125,8 @@ float soften(float* scores, uint16_t* out, int keys, int padded, const float* bi
   return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-void attend(const Attention& t, int index, const uint16_t* packed, int begin, int end) {
+void attend(const Attention& t, int index, const void* from_packed, int begin, int end) {
+  const auto* packed = static_cast<const uint16_t*>(from_packed);
   const int b = index / t.heads, h = index % t.heads, padded = t.padded_keys(), width = t.heads * t.dim;
   const uint16_t* keys = packed;
   const uint16_t* values = packed + static_cast<size_t>(padded) * t.dim;
@@ -166,6 +168,6 @@ void attend(const Attention& t, int index, const uint16_t* packed, int begin, in
 
 }  // namespace
 
-extern const AttentionKernels kAttentionAvx512 = {"avx512-bf16", pack, attend};
+extern const AttentionKernels kAttentionAvx512 = {"avx512-bf16", sizeof(uint16_t), pack, attend};
 
 }  // namespace quantvla

@@ -33,13 +33,17 @@ class Unit:
     flags: str = ""
 
 
-_EVERYWHERE = (Unit("ops.cpp"), Unit("dispatch.cpp"), Unit("linear_portable.cpp"))
+_EVERYWHERE = (
+    Unit("ops.cpp"), Unit("dispatch.cpp"), Unit("linear_portable.cpp"),
+    Unit("attention_portable.cpp", "-ffp-contract=fast"),
+)  # fmt: skip
 UNITS = {
     "x86_64": (
         *_EVERYWHERE,
         Unit("linear_avx512.cpp", _AVX512),
         Unit("attention_avx512.cpp", f"{_AVX512} -mavx512bf16"),
         Unit("linear_avx2.cpp", "-mavx2 -mfma"),
+        Unit("attention_avx2.cpp", "-mavx2 -mfma -ffp-contract=fast"),
     ),
     "aarch64": (
         *_EVERYWHERE,

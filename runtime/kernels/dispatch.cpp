@@ -11,9 +11,10 @@
 namespace quantvla {
 
 extern const Kernels kPortable;
+extern const AttentionKernels kAttentionPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx512, kAvx2;
-extern const AttentionKernels kAttentionAvx512;
+extern const AttentionKernels kAttentionAvx512, kAttentionAvx2;
 #elif defined(__aarch64__)
 extern const Kernels kNeonI8mm, kNeonDot;
 #endif
@@ -74,10 +75,35 @@ const Kernels* kernels_by_name(const char* name) {
   return nullptr;
 }
 
-const AttentionKernels* attention_of_this_processor() {
+namespace {
+
+struct AttentionCandidate {
+  const AttentionKernels* kernels;
+  bool runs;
+};
+
+const AttentionCandidate* attention_candidates() {
+  static const AttentionCandidate all[] = {
 #if defined(__x86_64__)
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) return &kAttentionAvx512;
+      {&kAttentionAvx512, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&kAttentionAvx2, has_avx2()},
 #endif
+      {&kAttentionPortable, true},
+      {nullptr, false}};
+  return all;
+}
+
+}  // namespace
+
+const AttentionKernels& attention_of_this_processor() {
+  const AttentionCandidate* c = attention_candidates();
+  while (!c->runs) ++c;
+  return *c->kernels;
+}
+
+const AttentionKernels* attention_by_name(const char* name) {
+  for (const AttentionCandidate* c = attention_candidates(); c->kernels != nullptr; ++c)
+    if (c->runs && std::strcmp(c->kernels->name, name) == 0) return c->kernels;
   return nullptr;
 }
 

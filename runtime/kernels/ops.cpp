@@ -97,14 +97,15 @@ template <class Parallel>
 void run(const Attention& t, const AttentionKernels& kernels, const Parallel& parallel) {
   Scratch& s = scratch();
   const int heads = t.batch * t.heads;
-  auto* offset = s.take<uint16_t>(t.packed_size() * heads);
+  const size_t size = t.packed_size() * kernels.number_bytes;
+  auto* offset = s.take<uint8_t>(size * heads);
   s.place();
-  uint16_t* packed = s.at(offset);
-  parallel(heads, [&](size_t i) { kernels.pack(t, static_cast<int>(i), packed + i * t.packed_size()); });
+  uint8_t* packed = s.at(offset);
+  parallel(heads, [&](size_t i) { kernels.pack(t, static_cast<int>(i), packed + i * size); });
   const int parts = (t.queries + kQueryBlock - 1) / kQueryBlock;
   parallel(static_cast<size_t>(heads) * parts, [&](size_t i) {
     const int head = static_cast<int>(i) / parts, begin = static_cast<int>(i) % parts * kQueryBlock;
-    kernels.attend(t, head, packed + head * t.packed_size(), begin, std::min(t.queries, begin + kQueryBlock));
+    kernels.attend(t, head, packed + head * size, begin, std::min(t.queries, begin + kQueryBlock));
   });
 }
 
@@ -262,7 +263,7 @@ class AttentionOp {
       t.bias_head = bias[1] == 1 ? 0 : plane;
       t.bias_batch = bias[0] == 1 ? 0 : plane * bias[1];
     }
-    run(t, *attention_of_this_processor(), [&](size_t count, const auto& body) { context.parallel(count, body); });
+    run(t, attention_of_this_processor(), [&](size_t count, const auto& body) { context.parallel(count, body); });
   }
 
  private:
@@ -326,8 +327,7 @@ QUANTVLA_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, con
     ort::CustomOpDomain* made = nullptr;
     ort::Status* status = api->create_domain("quantvla", &made);
     if (status == nullptr) status = api->add_op(made, definition<IntegerLinear>());
-    if (status == nullptr && attention_of_this_processor() != nullptr)
-      status = api->add_op(made, definition<AttentionOp>());
+    if (status == nullptr) status = api->add_op(made, definition<AttentionOp>());
     if (status == nullptr) return made;
     api->release(status);
     return static_cast<ort::CustomOpDomain*>(nullptr);
@@ -336,13 +336,12 @@ QUANTVLA_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, con
   return api->add_domain(options, domain);
 }
 
-// The name of the kernels in use here, and of the bfloat16 attention ("" where there is none).
+// The names of the kernels in use here.
 QUANTVLA_EXPORT const char* quantvla_kernels() { return quantvla::kernels_of_this_processor().name; }
 // A hash of the sources.
 QUANTVLA_EXPORT const char* quantvla_version() { return QUANTVLA_VERSION; }
 QUANTVLA_EXPORT const char* quantvla_attention() {
-  const quantvla::AttentionKernels* found = quantvla::attention_of_this_processor();
-  return found == nullptr ? "" : found->name;
+  return quantvla::attention_of_this_processor().name;
 }
 
 // One linear layer on one thread with the kernels called `name`; 0, or -1 if this processor lacks them.
@@ -360,11 +359,11 @@ QUANTVLA_EXPORT int quantvla_linear(const char* name, const float* x, int rows, 
   return 0;
 }
 
-// Attention on one thread; 0, or -1 if this processor has no kernels for it.
-QUANTVLA_EXPORT int quantvla_attend(const float* q, const float* k, const float* v, const float* bias, int batch,
+// Attention on one thread with the kernels called `name`; 0, or -1 if this processor lacks them.
+QUANTVLA_EXPORT int quantvla_attend(const char* name, const float* q, const float* k, const float* v, const float* bias, int batch,
                                     int heads, int queries, int keys, int dim, float scale, float* out) {
   using namespace quantvla;
-  const AttentionKernels* kernels = attention_of_this_processor();
+  const AttentionKernels* kernels = attention_by_name(name);
   if (kernels == nullptr) return -1;
   const Attention t{q, k, v, bias, out, batch, heads, queries, keys, dim, 0, 0, scale};
   run(t, *kernels, [](size_t count, const auto& body) {

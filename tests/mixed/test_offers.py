@@ -36,8 +36,11 @@ def test_a_format_that_is_not_offered_everywhere_is_said() -> None:
     ("text", "message"),
     [
         ("w4a9:32", "format 'w4a9:32': unknown scheme; did you mean 'w4a8'"),
-        ("w4a8", "its block must be one of: 16, 32, 64, 128, 256, got none; write w4a8:32"),
-        ("w4a8:48", "its block must be one of: 16, 32, 64, 128, 256, got 48"),
+        (
+            "w4a8",
+            "its block must be one of: 16, 32, 48, 64, 128, 192, 240, 256, 320, got none; write w4a8:32",
+        ),
+        ("w4a8:50", "its block must be one of: 16, 32, 48, 64, 128, 192, 240, 256, 320, got 50"),
         ("float:32", "its block must be one of: none, got 32; write float"),
         ("w8a8-dynamic:32", "its block must be one of: none, got 32; write w8a8-dynamic"),
     ],

@@ -11,7 +11,7 @@
 extern "C" {
 int quantvla_linear(const char*, const float*, int, const uint8_t*, const uint16_t*, int, int, int, int, const float*,
                     const float*, int, int, float*);
-int quantvla_attend(const float*, const float*, const float*, const float*, int, int, int, int, int, float, float*);
+int quantvla_attend(const char*, const float*, const float*, const float*, const float*, int, int, int, int, int, float, float*);
 }
 
 template <class T, class Make>
@@ -53,7 +53,8 @@ int main(int count, char** names) {
     const auto k = filled<float>(static_cast<size_t>(keys) * heads * dim, real), v = filled<float>(static_cast<size_t>(keys) * heads * dim, real);
     const auto mask = filled<float>(static_cast<size_t>(queries) * keys, real);
     const auto o = std::make_unique<float[]>(static_cast<size_t>(queries) * heads * dim);
-    quantvla_attend(q.get(), k.get(), v.get(), mask.get(), 1, heads, queries, keys, dim, 0.125f, o.get());
+    for (const char* name : {"portable", "avx2", "avx512-bf16"})
+      quantvla_attend(name, q.get(), k.get(), v.get(), mask.get(), 1, heads, queries, keys, dim, 0.125f, o.get());
   }
   std::puts("ok");
   return 0;

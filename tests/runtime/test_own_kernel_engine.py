@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from quantvla.cli.inspect import inspect
 from quantvla.export.engine import export_engine
 from quantvla.export.integers import IntegerSite, integer_sites
 from quantvla.runtime import kernels
@@ -70,6 +72,21 @@ def test_bench_names_the_kernels(
     monkeypatch.setenv(kernels.SWITCH, "off")
     named = bench(tiny_integer_engine, repeats=1, warmup=0).versions["kernels"]
     assert named == "ONNX Runtime's (own kernels switched off by QUANTVLA_KERNELS)"
+
+
+@needs_library
+def test_inspect_shows_the_graphs_that_run_and_says_why(
+    tiny_integer_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown() -> str:
+        result = CliRunner().invoke(inspect, [str(tiny_integer_engine)])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    assert "integer linears run on own, " in (own := shown()) and "IntegerLinear" in own
+    monkeypatch.setenv(kernels.SWITCH, "off")
+    assert "ONNX Runtime's (own kernels switched off" in (stock := shown())
+    assert "MatMulNBits" in stock and "IntegerLinear" not in stock
 
 
 @needs_library
