@@ -13,7 +13,7 @@ import msgspec
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from quantvla.activation_scales import static_inputs
+from quantvla.activation_scales import StaticInput, fits_int8, static_inputs
 from quantvla.export.attention_form import shape_attention_
 from quantvla.export.engine import make_manifest
 from quantvla.export.euler_output import add_next_state_, next_state_spec
@@ -41,7 +41,7 @@ from quantvla.runtime.site_formats import FORMATS_FILE, SiteFormat, SiteFormats,
 from quantvla.runtime.targets import board_named, formats_of, target_named
 from quantvla.runtime.wiring import check_wiring
 from quantvla.statistics import SiteStatistics
-from quantvla.target_plan import TargetPlan
+from quantvla.target_plan import TargetPlan, relax
 
 STATIC = ("int8", "fp8")
 
@@ -58,12 +58,15 @@ def export_tensorrt(
 ) -> Manifest:
     """Write the engine of a loaded policy for ``plan`` to ``output``, whole or not at all.
 
+    Sites for whose input one int8 scale is not enough do not run in int8; the engine's formats say so.
     ``statistics`` are of the inputs of the sites that `static_sites` names; ``graphs`` from
     `marked_graphs` of the same policy, made here if absent. Raises `QuantVLAError` for a graph that
     the target's TensorRT does not read.
     """
     loaded = source.loaded
-    sites = _target_sites(loaded, plan, statistics)
+    static = _static_inputs(loaded, plan, statistics)
+    plan = _settle(plan, source, static)
+    sites = _target_sites(loaded, plan, static)
     graphs = marked_graphs(loaded, progress) if graphs is None else graphs
     formats: list[SiteFormat] = []
     specs: list[StageSpec] = []
@@ -120,21 +123,34 @@ def _capabilities(plan: TargetPlan, planned: int) -> tuple[int, ...]:
     return (planned, *(sm for sm in able if sm != planned))
 
 
-def _target_sites(
+def _static_inputs(
     loaded: LoadedPolicy, plan: TargetPlan, statistics: Mapping[str, SiteStatistics]
-) -> dict[str, TargetSite]:
-    weights = {e.site: _weight(loaded.policy.get_submodule(e.site)) for e in plan.entries}
+) -> dict[str, StaticInput]:
     formats = {entry.site: entry.format for entry in plan.entries if entry.format in STATIC}
-    static = static_inputs(
-        {name: _float(weights[name]) for name in formats},
-        statistics,
-        _same_input(loaded, formats),
-        formats,
-    )
+    weights = {site: _float(_weight(loaded.policy.get_submodule(site))) for site in formats}
+    return static_inputs(weights, statistics, _same_input(loaded, formats), formats)
+
+
+def _settle(
+    plan: TargetPlan, source: SourcePolicy, static: Mapping[str, StaticInput]
+) -> TargetPlan:
+    """Return the plan without int8 where the calibrated input does not fit it."""
+    errors = {
+        entry.site: static[entry.site].error
+        for entry in plan.entries
+        if entry.format == "int8" and not fits_int8(static[entry.site])
+    }
+    return relax(plan, source.plan, errors) if source.plan is not None else plan
+
+
+def _target_sites(
+    loaded: LoadedPolicy, plan: TargetPlan, static: Mapping[str, StaticInput]
+) -> dict[str, TargetSite]:
     return {
         entry.site: TargetSite(
-            entry.site, entry.format, weights[entry.site],
-            _bias(loaded.policy.get_submodule(entry.site)), static.get(entry.site),
+            entry.site, entry.format, _weight(loaded.policy.get_submodule(entry.site)),
+            _bias(loaded.policy.get_submodule(entry.site)),
+            static.get(entry.site) if entry.format in STATIC else None,
         )
         for entry in plan.entries
     }  # fmt: skip

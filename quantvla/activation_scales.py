@@ -4,6 +4,10 @@ A GPU's int8 and fp8 products take one input scale for the whole tensor, fixed a
 channels differ in range, so each is divided by a factor that its weight column is multiplied with
 (SmoothQuant, arXiv 2211.10438): exact in real arithmetic, and one multiplication inside the kernel
 that quantizes anyway. The exponent is searched per site by the expected squared error of the product.
+
+Inputs beyond the range are clipped, and a policy can be wrong by tens of percent on the frame where that
+happens. The range is therefore that of calibration, widened per channel by as much as one half of
+the frames fell short of the other (by the square root of the ratio).
 """
 
 from __future__ import annotations
@@ -19,7 +23,10 @@ from quantvla.statistics import SiteStatistics
 
 INT8_MAX = 127
 FP8_MAX = 448.0  # largest finite E4M3 number
-EXPONENTS = (None, 0.0, 0.15, 0.3, 0.5, 0.65, 0.8)
+EXPONENTS = (None, 0.0, 0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
+INT8_LIMIT = 0.025
+"""Expected relative error of a product above which one int8 input scale is not enough: what fp8's rounding costs."""
+_WIDEST = 4.0  # most that a channel's range is widened
 _FLOOR = 1e-3  # of the largest factor: a channel that calibration never saw active stays bounded
 
 
@@ -44,7 +51,7 @@ def static_input(
 
     Raises `QuantVLAError` when calibration saw nothing but zeros, or no input at all.
     """
-    largest = statistics.largest.float()
+    largest = expected_largest(statistics)
     if statistics.calls == 0 or float(largest.max()) <= 0:
         raise explain(
             site,
@@ -84,6 +91,23 @@ def static_inputs(
         shared = static_input(group[0], joined, statistics[group[0]], formats[group[0]])
         found.update(dict.fromkeys(group, shared))
     return found
+
+
+def expected_largest(statistics: SiteStatistics) -> Tensor:
+    """Return the magnitudes per channel that inputs like those of calibration stay within: (in,) float32.
+
+    With a single call there is nothing to compare, and it is what calibration saw.
+    """
+    low, high = statistics.halves.float().aminmax(dim=0)
+    if not low.any():
+        return high
+    wider = (high / low.clamp_min(1e-12)).sqrt().clamp_max(_WIDEST)
+    return high * wider.clamp_min(1.0)
+
+
+def fits_int8(static: StaticInput) -> bool:
+    """Whether one scale for the whole input is good enough for int8."""
+    return static.error <= INT8_LIMIT
 
 
 def _top(number_format: str) -> float:

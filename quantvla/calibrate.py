@@ -64,7 +64,7 @@ def _write_journal(journal: Path, statistics: dict[str, SiteStatistics], frames:
     tensors = {}
     counts = {}
     for name, site in statistics.items():
-        tensors[f"{name}.sum_squares"], tensors[f"{name}.largest"] = site.sum_squares, site.largest
+        tensors[f"{name}.sum_squares"], tensors[f"{name}.halves"] = site.sum_squares, site.halves
         tensors[f"{name}.rows"] = site.rows
         counts[name] = [site.calls, site.tokens]
     metadata = {"frames": str(frames), "counts": json.dumps(counts)}
@@ -81,7 +81,7 @@ def _read_journal(journal: Path, widths: dict[str, int]) -> tuple[dict[str, Site
     statistics = {
         name: SiteStatistics(
             tensors[f"{name}.sum_squares"],
-            tensors[f"{name}.largest"],
+            tensors[f"{name}.halves"],
             tensors[f"{name}.rows"],
             calls=counts[name][0],
             tokens=counts[name][1],

@@ -19,12 +19,13 @@ ROWS = 256  # inputs kept per site, for searches with the real activation quanti
 class SiteStatistics:
     """Running statistics of one site's input, over all tokens of all calls.
 
-    ``sum_squares`` (in,) float64; ``largest`` (in,) float32, the largest magnitude per channel;
+    ``sum_squares`` (in,) float64; ``halves`` (2, in) float32, the largest magnitude per channel in the first and
+    in the second half of the calls, whose difference tells how far unseen inputs may go beyond both;
     ``rows`` (at most `ROWS`, in) float32, inputs drawn evenly over the calls, the same in every run.
     """
 
     sum_squares: Tensor
-    largest: Tensor
+    halves: Tensor
     rows: Tensor
     calls: int = 0
     tokens: int = 0
@@ -34,7 +35,7 @@ class SiteStatistics:
         """Return statistics that have seen nothing."""
         return SiteStatistics(
             torch.zeros(in_features, dtype=torch.float64),
-            torch.zeros(in_features),
+            torch.zeros(2, in_features),
             torch.zeros(0, in_features),
         )
 
@@ -43,11 +44,17 @@ class SiteStatistics:
         """E[x_k^2] per input channel: (in,) float64."""
         return self.sum_squares / max(self.tokens, 1)
 
+    @property
+    def largest(self) -> Tensor:
+        """The largest magnitude per input channel: (in,) float32."""
+        return self.halves.amax(0)
+
     def add_(self, x: Tensor, expected_calls: int) -> None:
         """Account for an input of shape (..., in), one of ``expected_calls``."""
         rows = x.detach().reshape(-1, x.shape[-1])
         self.sum_squares += rows.double().square().sum(0)
-        self.largest = torch.maximum(self.largest, rows.abs().amax(0).float())
+        half = self.halves[int(2 * self.calls >= expected_calls)]
+        torch.maximum(half, rows.abs().amax(0).float(), out=half)
         share = (self.calls + 1) * ROWS // expected_calls - self.calls * ROWS // expected_calls
         if share:
             drawn = np.random.default_rng(self.calls).permutation(len(rows))[:share]

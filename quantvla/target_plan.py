@@ -14,7 +14,7 @@ import msgspec
 
 from quantvla.plan import Plan, PlanEntry
 from quantvla.runtime.errors import explain, nearest
-from quantvla.runtime.targets import FORMAT_BITS, Board, Target, formats_of
+from quantvla.runtime.targets import FORMAT_BITS, Board, Target, board_named, formats_of
 
 ACTIVATIONS = ("fp16", "bf16")
 PRECISIONS = ("auto", "float", "int8", "int4", "fp8")
@@ -89,6 +89,26 @@ def plan_target(
         target=target.name, board=board.name, library=f"{target.library} {'.'.join(map(str, target.version))}",
         activations=activations, precision=precision, entries=tuple(entries),
     )  # fmt: skip
+
+
+def relax(made: TargetPlan, plan: Plan, errors: Mapping[str, float]) -> TargetPlan:
+    """Return ``made`` without int8 at the sites of ``errors``, for which one input scale is not enough.
+
+    ``errors`` are the expected relative errors of their products. Weights on a 4-bit grid become
+    weight-only where the format was free; the others run in half precision. ``plan`` is what ``made`` is of.
+    """
+    board, origin = board_named(made.board), {entry.site: entry for entry in plan.entries}
+
+    def relaxed(old: TargetEntry) -> TargetEntry:
+        if old.site not in errors:
+            return old
+        entry = origin[old.site]
+        weight_only = made.precision == "auto" and entry.scheme.weight_bits == FORMAT_BITS["int4"]
+        number_format = "int4" if weight_only and not _problem(entry, "int4") else made.activations
+        why = f"one int8 scale for its input would cost {errors[old.site]:.1%} of its output"
+        return _make(entry, old.tokens, board, number_format, why)
+
+    return msgspec.structs.replace(made, entries=tuple(relaxed(entry) for entry in made.entries))
 
 
 def _require(number_format: str, allowed: Sequence[str], board: Board) -> None:

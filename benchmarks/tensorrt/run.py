@@ -2,7 +2,7 @@
 
     python benchmarks/tensorrt/run.py                                     # the reference policy
     python benchmarks/tensorrt/run.py --policy build/full_size/policy --calib build/full_size/set \\
-        --frames 2 --heldout 0 -o benchmarks/tensorrt/full_size.json      # 450 M parameters, random weights
+        --frames 6 --heldout 0 -o benchmarks/tensorrt/full_size.json      # 450 M parameters, random weights
 
 Plans are built by tensorrt_rtx for GPUs that need not be there; nothing is run on a GPU. The INT8 graph is
 run by ONNX Runtime on the CPU, unfused, and its action error compared with that of W8A8 in the arithmetic
@@ -37,8 +37,9 @@ from quantvla.plan import Plan
 from quantvla.quantizer import quantize_weight
 from quantvla.recipe import Recipe, read_recipe
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import Manifest, Source
+from quantvla.runtime.manifest import Manifest, Source, read_manifest
 from quantvla.runtime.sampler import euler_integrate
+from quantvla.runtime.site_formats import read_formats
 from quantvla.runtime.targets import TARGETS, Board, boards_of
 from quantvla.runtime.tensorrt_build import BuildOptions, build_engine
 from quantvla.runtime.tensorrt_plans import StagePlan
@@ -66,14 +67,30 @@ class Build(msgspec.Struct, kw_only=True):
     refused: str = ""
 
 
+class ActionError(msgspec.Struct):
+    """Error of normalized actions against the float policy, relative to the actions' RMS over all frames.
+
+    ``rms`` over all frames; ``median`` and ``largest`` of the frames' own RMS errors.
+    """
+
+    rms: float
+    median: float
+    largest: float
+
+
 class Numerics(msgspec.Struct, kw_only=True):
-    """Relative RMS error of normalized actions against the float policy, same frames and noise."""
+    """Same frames and noise for all; ``ratio`` of the RMS errors of target int8 and CPU W8A8.
+
+    ``left_out``: linears that stay in half precision because one int8 scale is not enough, with the reason.
+    """
 
     frames: int
-    cpu_w8a8: float
-    target_int8: float
-    target_fp16: float
+    cpu_w8a8: ActionError
+    target_int8: ActionError
+    target_fp16: ActionError
     ratio: float
+    linears: int
+    left_out: dict[str, str]
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -281,15 +298,15 @@ def numerics(bench: Bench) -> Numerics:
         )
 
     def graph_chunks(plan: Plan, precision: str, name: str) -> Array:
-        from quantvla.runtime.manifest import read_manifest
-
         directory = bench.export(plan, precision, name)
         engine = OrtEngine(directory, read_manifest(directory))
         found = [engine.chunk(t, n)[..., :dim] for t, n in zip(tensors, noises, strict=True)]
         return np.stack(found)
 
-    def error(found: Array) -> float:
-        return float(np.sqrt(np.square(found - exact).mean() / np.square(exact).mean()))
+    def error(found: Array) -> ActionError:
+        frames = np.sqrt(np.square(found - exact).mean((1, 2, 3)) / np.square(exact).mean())
+        rms = float(np.sqrt(np.square(frames).mean()))
+        return ActionError(rms, float(np.median(frames)), float(frames.max()))
 
     exact = torch_chunks()
     eight = make_plan(loaded.sites, with_scheme(bench.recipe, "w8a8"))
@@ -299,9 +316,13 @@ def numerics(bench: Bench) -> Numerics:
     cpu = error(torch_chunks())
     target = error(graph_chunks(eight, "int8", "numerics_int8"))
     bench.restore_()
+    sites = read_formats(bench.options.work / "numerics_int8").sites
+    quantized = {entry.site for entry in eight.quantized}
     return Numerics(
-        frames=len(frames), cpu_w8a8=cpu, target_int8=target, target_fp16=half, ratio=target / cpu
-    )
+        frames=len(frames), cpu_w8a8=cpu, target_int8=target, target_fp16=half, ratio=target.rms / cpu.rms,
+        linears=len(quantized),
+        left_out={s.site: s.reason for s in sites if s.site in quantized and s.format != "int8"},
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -311,9 +332,9 @@ def main() -> None:
     )
     parser.add_argument("--policy", type=Path, default=Path("examples/metaworld/policy"))
     parser.add_argument("--calib", type=Path, default=Path("calib_sets/metaworld"))
-    parser.add_argument("--frames", type=int, default=32, help="calibration frames")
+    parser.add_argument("--frames", type=int, default=256, help="calibration frames")
     parser.add_argument(
-        "--heldout", type=int, default=16, help="frames of the comparison, 0 for none"
+        "--heldout", type=int, default=64, help="frames of the comparison, 0 for none"
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--compute-capability", nargs="+", type=int, default=[89, 86, 120])

@@ -13,6 +13,7 @@ from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options
 from quantvla.export.engine import TARGETS, export_engine
 from quantvla.export.rewrite_report import REWRITES_FILE, read_rewrites
 from quantvla.runtime.errors import explain
+from quantvla.runtime.site_formats import SiteFormat
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 
 
@@ -31,7 +32,12 @@ from quantvla.runtime.targets import TARGETS as GPU_TARGETS
     "--calib", type=options.DIRECTORY,
     help="Set whose calibration part gives int8 and fp8 inputs their scales.  [default: the bundled set of this robot]",
 )  # fmt: skip
-@click.option("--frames", default=64, show_default=True, help="Calibration frames to use at most.")
+@click.option(
+    "--frames",
+    default=128,
+    show_default=True,
+    help="GPU targets: calibration frames for input scales, at most.",
+)
 @options.seed
 @options.output
 @options.overwrite
@@ -40,6 +46,7 @@ def export(
     calib: Path | None, frames: int, seed: int, output: Path, overwrite: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT as an engine: a quantized one, or a LeRobot one for the float engine."""
+    changed: tuple[SiteFormat, ...] = ()
     with progress_bar() as progress:
         if target in GPU_TARGETS and guidance:
             raise explain(
@@ -47,7 +54,7 @@ def export(
             )  # fmt: skip
         if target in GPU_TARGETS:
             chosen = GpuOptions(target, board, activations, precision)
-            manifest = export_for_gpu(
+            manifest, changed = export_for_gpu(
                 checkpoint, chosen, output, calib=calib, frames=frames, seed=seed, overwrite=overwrite,
                 progress=progress,
             )  # fmt: skip
@@ -65,6 +72,8 @@ def export(
     console.print(
         f"wrote {output}: {manifest.recipe} for {target}, {len(manifest.stages)} graphs, {size / 2**20:.1f} MiB"
     )
+    for site in changed:
+        console.print(f"{site.site}: {site.format}, {site.reason}")
     for stage in read_rewrites(output):
         if stage.unfused_attention:
             console.print(

@@ -22,6 +22,7 @@ from quantvla.progress import Progress
 from quantvla.recipe import Default, Recipe
 from quantvla.runtime.errors import explain
 from quantvla.runtime.manifest import Manifest
+from quantvla.runtime.site_formats import SiteFormat, read_formats
 from quantvla.runtime.targets import Board, board_named, boards_of, target_named
 from quantvla.site_tokens import count_site_tokens
 from quantvla.statistics import SiteStatistics
@@ -68,14 +69,22 @@ _FLOAT = Recipe(
 def export_for_gpu(
     checkpoint: Path, options: GpuOptions, output: Path, *, calib: Path | None, frames: int, seed: int,
     overwrite: bool, progress: Progress,
-) -> Manifest:  # fmt: skip
-    """Plan, calibrate input scales where the plan needs them, and write the engine."""
+) -> tuple[Manifest, tuple[SiteFormat, ...]]:  # fmt: skip
+    """Plan, calibrate input scales where the plan needs them, and write the engine.
+
+    Returns its manifest, and the linears that do not run in what was planned before calibration.
+    """
     if output.exists() and not overwrite:
         raise explain(output, "already exists", remedy="choose another output or pass --overwrite")
     source = load_source(checkpoint)
     plan = plan_for_gpu(source.loaded, source.plan, options)
     statistics = _calibrate(source, plan, calib, frames, seed, progress)
-    return export_tensorrt(source, plan, statistics, output, overwrite=overwrite, progress=progress)
+    manifest = export_tensorrt(
+        source, plan, statistics, output, overwrite=overwrite, progress=progress
+    )
+    planned = {entry.site: entry.format for entry in plan.entries}
+    sites = read_formats(output).sites
+    return manifest, tuple(site for site in sites if site.format != planned[site.site])
 
 
 def _calibrate(

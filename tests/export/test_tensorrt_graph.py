@@ -11,7 +11,7 @@ import pytest
 import small_block as block
 import torch
 
-from quantvla.activation_scales import static_input
+from quantvla.activation_scales import expected_largest, fits_int8, static_input
 from quantvla.export.half_precision import SENSITIVE, narrow_doubles_
 from quantvla.export.tensorrt_rules import check_graph
 from quantvla.export.tensorrt_sites import fp8_tensor, integer_columns
@@ -210,6 +210,31 @@ def test_smoothing_beats_one_plain_scale_where_a_channel_is_loud() -> None:
 
     plain = error(torch.ones(32), float(x.abs().max()) / 127)
     assert error(chosen.smoothing, chosen.scale) < 0.5 * plain
+
+
+def test_a_range_is_widened_by_what_half_of_the_calls_fell_short_of_the_other() -> None:
+    seen = SiteStatistics.empty(4)
+    for largest in ((1.0, 2.0, 0.0, 0.0), (1.0, 0.5, 3.0, 0.0)):
+        seen.add_(torch.tensor([largest]), 2)
+    assert seen.largest.tolist() == [1.0, 2.0, 3.0, 0.0]
+    assert expected_largest(seen).tolist() == [1.0, 4.0, 12.0, 0.0]
+    once = SiteStatistics.empty(2)
+    once.add_(torch.tensor([[1.0, 2.0]]), 1)
+    assert expected_largest(once).tolist() == [1.0, 2.0]
+
+
+def test_an_input_with_rare_huge_entries_does_not_fit_one_int8_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 32, generator=generator)
+    fits = []
+    for rare in (1.0, 300.0):
+        seen = SiteStatistics.empty(32)
+        for _ in range(2):
+            x = torch.randn(256, 32, generator=generator)
+            x[0] *= rare
+            seen.add_(x, 2)
+        fits.append(fits_int8(static_input("site", weight, seen, "int8")))
+    assert fits == [True, False]
 
 
 def test_a_site_that_calibration_never_reached_has_no_scale() -> None:

@@ -17,7 +17,7 @@ from quantvla.runtime.targets import (
     target_named,
 )
 from quantvla.schemes import DROPPED, FLOAT, Scheme
-from quantvla.target_plan import plan_target
+from quantvla.target_plan import plan_target, relax
 
 ORIN, THOR, ADA = BOARDS["agx-orin-64"], BOARDS["agx-thor"], BOARDS["rtx-4090"]
 W4A8, W8A8 = Scheme("w4a8", 4, 8, 32), Scheme("w8a8", 8, 8, 32)
@@ -78,6 +78,19 @@ def test_a_format_can_be_asked_for() -> None:
     assert planned(W4A8, 1, ADA, precision="float")[0] == "fp16"
     format_, reason = planned(W8A8, 1, ADA, precision="int4")
     assert format_ == "fp16" and "8 bits" in reason
+
+
+def test_a_site_that_one_scale_does_not_fit_leaves_int8_alone() -> None:
+    plan = Plan("r", (entry("four", W4A8), entry("eight", W8A8), entry("fits", W8A8)))
+    tokens = {"four": 4096, "eight": 4096, "fits": 4096}
+    for precision, four in (("auto", "int4"), ("int8", "fp16")):
+        made = plan_target(plan, tokens, TARGETS["jetson-orin"], ORIN, precision=precision)
+        assert {e.format for e in made.entries} == {"int8"}
+        found = relax(made, plan, {"four": 0.07, "eight": 0.03})
+        assert [e.format for e in found.entries] == [four, "fp16", "int8"]
+        assert "would cost 7.0% of its output" in found.entries[0].reason
+        assert found.entries[1].weight_bytes == made.entries[1].half_bytes
+        assert found.entries[2] == made.entries[2]
 
 
 def test_a_weight_of_a_single_block_is_not_planned_in_int4() -> None:
