@@ -102,8 +102,8 @@ def _is_everywhere(value: ir.Value | None, number: float) -> bool:
 def drop_nan_guards_(model: ir.Model) -> int:
     """Remove ``Where(IsNaN(p), 0, p)`` after a softmax ``p`` none of whose rows is masked whole.
 
-    The guard is for rows of minus infinities. Scores that no mask is added to, or a constant one
-    with a finite entry in every row, have none.
+    The guard is for rows of minus infinities. Scores that no mask is added to, a constant one with a finite
+    entry in every row, or one that is filled with finite numbers, have none.
     """
     changed = 0
     for node in list(model.graph):
@@ -132,6 +132,8 @@ def _rows_are_finite(scores: ir.Value | None) -> bool:
             if mask is not None:
                 rows_open = mask.ndim == 0 or bool(np.isfinite(mask).any(axis=-1).all())
                 return rows_open and _rows_are_finite(node.inputs[1 - index])
+            if _is_finite_fill(node.inputs[index]):
+                return _rows_are_finite(node.inputs[1 - index])
         return False
     if node.op_type == "Where":  # a fill that is finite leaves no row of infinities
         fill = scalar(node.inputs[2])
@@ -142,3 +144,10 @@ def _rows_are_finite(scores: ir.Value | None) -> bool:
             for index in (0, 1)
         )
     return node.op_type == "MatMul"
+
+
+def _is_finite_fill(mask: ir.Value | None) -> bool:
+    """Whether a mask that is known at run time only is one of two finite numbers everywhere."""
+    where = made_by(mask, "Where")
+    fills = [scalar(value) for value in where.inputs[1:]] if where is not None else [None]
+    return all(fill is not None and bool(np.isfinite(fill)) for fill in fills)

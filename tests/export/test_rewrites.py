@@ -162,6 +162,21 @@ def test_the_guard_of_a_mask_that_is_only_known_at_run_time_stays() -> None:
     assert check(model, ALL)["IsNaN"] == 1
 
 
+@pytest.mark.parametrize(("fill", "guards"), [(-3.4e38, 0), (-np.inf, 1)])
+def test_the_guard_of_a_mask_filled_at_run_time_goes_where_the_fill_is_finite(
+    fill: float, guards: int
+) -> None:
+    sketch = Sketch(s=(1, 2, 3, 4), open=(1, 1, 3, 4))
+    zero, low = sketch.constant(np.float32(0)), sketch.constant(np.float32(fill))
+    seen = sketch.node("Greater", sketch["open"], zero, shape=(1, 1, 3, 4), dtype=ir.DataType.BOOL)
+    mask = sketch.node("Where", seen, zero, low, shape=(1, 1, 3, 4))
+    product = sketch.node("MatMul", sketch["s"], sketch.constant(np.eye(4, dtype=np.float32)), shape=(1, 2, 3, 4))  # fmt: skip
+    p = sketch.node("Softmax", sketch.node("Add", product, mask, shape=(1, 2, 3, 4)), shape=(1, 2, 3, 4), axis=-1)  # fmt: skip
+    nan = sketch.node("IsNaN", p, shape=(1, 2, 3, 4), dtype=ir.DataType.BOOL)
+    model = sketch.returns(sketch.node("Where", nan, zero, p, shape=(1, 2, 3, 4)))
+    assert check(model, SIMPLIFY)["IsNaN"] == guards
+
+
 def test_a_bias_or_norm_weight_that_happens_to_be_neutral_stays() -> None:
     sketch = Sketch(x=(2, 3))
     biased = sketch.node("Add", sketch["x"], sketch.constant(np.zeros(3, np.float32)), shape=(2, 3))
