@@ -215,6 +215,12 @@ def widths_in_place(kind: Kind, widths: Widths) -> Iterator[None]:
         yield
 
 
+def empty_policy(kind: Kind, config: Any, widths: Widths) -> Any:
+    """Return lerobot's policy object of these widths; its parameters have shapes but no memory."""
+    with redirect_stdout(sys.stderr), empty_parameters(), widths_in_place(kind, widths):
+        return kind.policy(config)
+
+
 def load(kind: Kind, directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
     """Load a pi checkpoint directory; parameters named in ``absent`` may be missing from it."""
     config: Any = PreTrainedConfig.from_pretrained(directory)
@@ -227,14 +233,13 @@ def load(kind: Kind, directory: Path, absent: frozenset[str] = frozenset()) -> L
     stored = {
         name: old for name, old in parameter_names(weight_shapes(directory)).items() if name != old
     }
-    with redirect_stdout(sys.stderr), empty_parameters(), widths_in_place(kind, widths):
-        policy: Any = kind.policy(config)
+    policy = empty_policy(kind, config, widths)
     load_weights_(policy, directory, absent, stored_names=stored, in_place=False)
     for both in (policy.model.paligemma_with_expert,):  # as lerobot does when it samples
         both.paligemma.model.language_model.config._attn_implementation = "eager"
         both.gemma_expert.model.config._attn_implementation = "eager"
     policy.eval()
-    sites = find_sites(policy, _PATTERNS, partial(_adjust, widths.language.depth))
+    sites = describe_sites(policy, widths)
     return LoadedPolicy(
         directory=directory,
         family=kind.name,
@@ -270,6 +275,11 @@ _PATTERNS = (
     ),
     SitePattern(r".*\.(?P<kind>lm_head)", "prefix", "llm", "head"),
 )  # fmt: skip
+
+
+def describe_sites(policy: nn.Module, widths: Widths) -> tuple[Site, ...]:
+    """Return every linear of a pi policy of these widths."""
+    return find_sites(policy, _PATTERNS, partial(_adjust, widths.language.depth))
 
 
 def _adjust(depth: int, site: Site) -> Site:

@@ -48,6 +48,18 @@ class PiSize:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+FULL_SIZE = PiSize(
+    widths=Widths(
+        language=Gemma(width=2048, depth=18, mlp_dim=16384, num_kv_heads=1, head_dim=256),
+        expert=Gemma(width=1024, depth=18, mlp_dim=4096, num_kv_heads=1, head_dim=256),
+        vocabulary=257152, expert_vocabulary=257152,
+        vision_width=1152, vision_mlp=4304, vision_depth=27,
+    ),
+    image_size=224, camera_height=224, camera_width=224, state_dim=7, action_dim=7,
+    chunk=50, execute=50, prompt_length=200,
+)  # fmt: skip
+
+
 def make_tokenizer(texts: tuple[str, ...], vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on ``texts`` and numbers, with PaliGemma's special tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))

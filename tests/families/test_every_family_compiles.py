@@ -108,6 +108,13 @@ def test_the_float_engine_does_what_lerobot_does(
             assert np.abs(ours - theirs).max() < 1e-4
 
 
+def test_tables_over_the_time_stand_where_weights_only_see_the_time(
+    checkpoint: Path, float_engine: Path
+) -> None:
+    modulated = any(site.role == "modulation" for site in load_policy(checkpoint).sites)
+    assert read_manifest(float_engine).sampler.only_own_times == modulated
+
+
 def test_every_planned_site_is_one_integer_kernel(quantized: Path, integer_engine: Path) -> None:
     found = Counter(
         site.site for site in integer_sites(integer_engine, read_manifest(integer_engine))

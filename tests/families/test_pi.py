@@ -7,9 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,9 +21,7 @@ from safetensors.torch import load_file, save_file
 from quantvla import staged
 from quantvla.export.engine import export_engine
 from quantvla.families import load_policy
-from quantvla.families.blocks import find_sites
-from quantvla.families.lerobot_checkpoint import empty_parameters
-from quantvla.families.pi import _PATTERNS, KINDS, Gemma, Widths, _adjust, widths_in_place
+from quantvla.families.pi import KINDS, describe_sites, empty_policy, widths_in_place
 from quantvla.float_policy import FloatPolicy
 from quantvla.layout import make_plan
 from quantvla.recipe import read_recipe
@@ -37,12 +33,6 @@ from quantvla.runtime.policy import Policy
 from quantvla.runtime.resize import resize_with_pad
 from quantvla.runtime.text import StateWriter
 from quantvla.testing import pi
-
-FULL = Widths(
-    language=Gemma(2048, 18, 16384, 1, 256), expert=Gemma(1024, 18, 4096, 1, 256),
-    vocabulary=257152, expert_vocabulary=257152,
-    vision_width=1152, vision_mlp=4304, vision_depth=27,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -235,14 +225,41 @@ def test_empty_cameras_are_reproduced(tmp_path: Path) -> None:
     assert np.abs(ours - policy.predict_normalized(observation, noise=noise)).max() < 1e-5
 
 
+def test_weights_stay_pages_of_the_file(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """A vocabulary of half a gigabyte, a hole in the file, costs no memory of its own to load."""
+    copy = Path(shutil.copytree(tiny("pi0"), tmp_path / "copy"))
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    shapes = {name: list(value.shape) for name, value in tensors.items()}
+    embedding = next(name for name in shapes if name.endswith("embed_tokens.weight"))
+    shapes[embedding][0] = shapes[next(n for n in shapes if "paligemma.lm_head" in n)][0] = 1 << 20
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+    with path.open("r+b") as stream:
+        stream.truncate(8 + len(encoded) + end)
+    before = _anonymous_bytes()
+    loaded = load_policy(copy)
+    assert sum(value.nbytes for value in loaded.policy.parameters()) > 1 << 29
+    assert _anonymous_bytes() - before < 1 << 27
+
+
+def _anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_the_papers_layout_is_180_linears_of_the_released_model(kind: str) -> None:
     """126 of the language model and 54 of the action head; the last layer's five that nothing reads are dropped."""
-    module: Any = KINDS[kind]
-    config = pi.make_config(kind, pi.PiSize(image_size=224))
-    with torch.device("meta"), empty_parameters(), widths_in_place(module, FULL):
-        policy = module.policy(config)
-    sites = find_sites(policy, _PATTERNS, partial(_adjust, FULL.language.depth))
+    size = pi.FULL_SIZE
+    policy = empty_policy(KINDS[kind], pi.make_config(kind, size), size.widths)
+    sites = describe_sites(policy, size.widths)
     plan = make_plan(sites, read_recipe("quantvla-w4a8"))
     parts = Counter(e.part for e in (*plan.quantized, *plan.dropped) if e.kind != "lm_head")
     assert parts == {"llm": 126, "expert": 54}
