@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -14,28 +17,65 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, make_att_2d_masks
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, DynamicCache
 
-from quantvla.families.base import Family, LoadedPolicy, Site, Stage
-from quantvla.families.blocks import SIGLIP_NORMS, SitePattern, find_sites, tower
-from quantvla.families.lerobot_checkpoint import load_weights_
-from quantvla.families.smolvla_interface import image_size, make_interface
-from quantvla.families.smolvla_structure import make_structure, tap_attention
+from quantvla.families import lerobot_interface as shared
+from quantvla.families.base import Family, Interface, LoadedPolicy, Site, Stage
+from quantvla.families.blocks import (
+    SIGLIP_NORMS,
+    SitePattern,
+    find_mlps,
+    find_sites,
+    norm_readers,
+    residual_stream,
+    tower,
+)
+from quantvla.families.lerobot_checkpoint import (
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    find_step,
+    load_weights_,
+    statistics,
+)
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import TensorSpec
-
+from quantvla.runtime.manifest import Images, TensorSpec, Tokenize
+from quantvla.structure import (
+    Attention,
+    AttentionCallback,
+    Norm,
+    Structure,
+    ValueHeads,
+    ValueReader,
+)
 
 # --------------------------------------------------------------------------------------- loading
+VLM_DIRECTORY = "vlm"
+
+
 def resolve_vlm(directory: Path, name: str) -> str:
     """Return where the VLM's configuration and tokenizer are: inside the checkpoint, or the hub name.
 
-    A relative ``vlm_model_name`` is looked up in the checkpoint directory first, so that a
-    checkpoint that carries its VLM can be moved.
+    A relative ``vlm_model_name`` is looked up in the checkpoint directory first, then ``vlm/``, so
+    that a checkpoint that carries its VLM can be moved.
     """
-    local = directory / name
-    if (local / "config.json").is_file():
-        return str(local.resolve())
+    for local in (directory / name, directory / VLM_DIRECTORY):
+        if (local / "config.json").is_file():
+            return str(local.resolve())
     return name
+
+
+def vlm_files(directory: Path, name: str) -> dict[str, bytes]:
+    """Return the VLM's configuration, tokenizer and processor by path in a checkpoint; none if they are inside."""
+    if Path(name).is_relative_to(directory.resolve()):
+        return {}
+    with TemporaryDirectory() as temporary:
+        for part in (AutoConfig, AutoProcessor):
+            part.from_pretrained(name).save_pretrained(temporary)
+        files = (path for path in sorted(Path(temporary).rglob("*")) if path.is_file())
+        return {
+            f"{VLM_DIRECTORY}/{path.relative_to(temporary).as_posix()}": path.read_bytes()
+            for path in files
+        }
 
 
 def read_config(directory: Path) -> SmolVLAConfig:
@@ -92,16 +132,20 @@ def load(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
         tap_attention=lambda callback: tap_attention(policy, callback),
         stages=_stages(policy, config),
         interface=make_interface(directory, config),
+        carried=vlm_files(directory, config.vlm_model_name),
         processor_overrides={"tokenizer_processor": {"tokenizer_name": config.vlm_model_name}},
     )
 
 
 # ----------------------------------------------------------------------------------------- sites
 _BACKBONE = "model.vlm_with_expert.vlm.model."
+_LLM = _BACKBONE + "text_model"
+_EXPERT = "model.vlm_with_expert.lm_expert"
+_VISION = _BACKBONE + "vision_model"
 _PATTERNS = (
-    *tower(_BACKBONE + "vision_model.encoder", "vision", "vision", SIGLIP_NORMS),
-    *tower(_BACKBONE + "text_model", "prefix", "llm"),
-    *tower("model.vlm_with_expert.lm_expert", "denoise", "expert"),
+    *tower(_VISION + ".encoder", "vision", "vision", SIGLIP_NORMS),
+    *tower(_LLM, "prefix", "llm"),
+    *tower(_EXPERT, "denoise", "expert"),
     SitePattern(
         r".*\.connector\.modality_projection\.(?P<kind>proj)", "vision", "connector", "projection"
     ),
@@ -121,12 +165,12 @@ def _adjust(policy: SmolVLAPolicy, site: Site) -> Site:
     """Return the site with what SmolVLA does otherwise than other transformers."""
     site = replace(site, unused=_unused(policy, site.part, site.kind, site.layer))
     if site.kind == "action_out_proj":
-        return replace(site, producer="model.vlm_with_expert.lm_expert.norm")
+        return replace(site, producer=_EXPERT + ".norm")
     cross = site.part == "expert" and _is_cross_attention(policy, site.layer)
     if cross and site.kind in ("q_proj", "k_proj", "v_proj"):
         producer = site.producer
         if site.kind != "q_proj":  # reads the language model's cached keys or values
-            producer = f"{_BACKBONE}text_model.layers.{site.layer}.self_attn.{site.kind}"
+            producer = f"{_LLM}.layers.{site.layer}.self_attn.{site.kind}"
         return replace(site, producer=producer, siblings=())
     return site
 
@@ -146,6 +190,129 @@ def _unused(policy: SmolVLAPolicy, part: str, kind: str, layer: int | None) -> s
     if part == "llm" and layer == last and kind not in ("k_proj", "v_proj"):
         return "of the last layer the expert takes only keys and values"
     return ""
+
+
+# ------------------------------------------------------------------------------------- structure
+_EMBEDDERS = (
+    _LLM + ".embed_tokens",
+    "model.vlm_with_expert.vlm.model.connector.modality_projection.proj",
+    "model.state_proj",
+)
+_CENTRED = "its LayerNorms subtract the mean over channels, which no rotation leaves alone"
+
+
+def make_structure(policy: SmolVLAPolicy, sites: Sequence[Site]) -> Structure:
+    """Return the structure of a policy with these linears; what inference never reads is left out."""
+    used = [site for site in sites if not site.unused]
+    blocks = _Blocks({site.name: site for site in used}, policy.model.vlm_with_expert)
+    norms = tuple(
+        Norm(name, "layer" if name.startswith(_VISION) else "rms", readers)
+        for name, readers in norm_readers(used).items()
+    )
+    stream = partial(residual_stream, sites=used, norms=norms, policy=policy)
+    return Structure(
+        norms=norms,
+        attentions=tuple(blocks.attentions()),
+        values=tuple(blocks.values()),
+        mlps=tuple(find_mlps(used)),
+        streams=(
+            stream("language model", _EMBEDDERS, part="llm", root=_LLM),
+            stream("action head", ("model.action_time_mlp_out",), part="expert", root=_EXPERT),
+            stream("vision tower", (), part="vision", root=_VISION, obstacle=_CENTRED),
+        ),
+    )
+
+
+class _Blocks:
+    """Attentions layer by layer; the action head reads the language model's values of the same layer."""
+
+    def __init__(self, sites: dict[str, Site], model: Any) -> None:
+        self._sites, self._model = sites, model
+        text, vision = model.config.text_config, model.config.vision_config
+        self._heads, self._value_heads = text.num_attention_heads, text.num_key_value_heads
+        self._head_dim = text.head_dim
+        self._vision_heads = vision.num_attention_heads
+        self._vision_dim = vision.hidden_size // vision.num_attention_heads
+
+    def attentions(self) -> Iterator[Attention]:
+        for site in self._sites.values():
+            if site.kind in ("o_proj", "out_proj"):
+                assert site.layer is not None
+                tower = site.part == "vision"
+                yield Attention(
+                    q=site.name.removesuffix(site.kind) + "q_proj", o=site.name, part=site.part,
+                    layer=site.layer, heads=self._vision_heads if tower else self._heads,
+                    head_dim=self._vision_dim if tower else self._head_dim,
+                )  # fmt: skip
+
+    def values(self) -> Iterator[ValueHeads]:
+        for site in list(self._sites.values()):
+            if site.kind == "v_proj" and site.part == "vision":
+                out = ValueReader(site.name.replace("v_proj", "out_proj"), 1)
+                yield ValueHeads(
+                    site.name, (site.name,), (out,), self._vision_heads, self._vision_dim
+                )
+        if self._model.num_expert_layers == self._model.num_vlm_layers:
+            for layer in range(self._model.num_vlm_layers):
+                yield from self._values_of(layer)
+
+    def _values_of(self, layer: int) -> Iterator[ValueHeads]:
+        value, out, own, own_out = (
+            f"{root}.layers.{layer}.self_attn.{kind}"
+            for root in (_LLM, _EXPERT)
+            for kind in ("v_proj", "o_proj")
+        )
+        crossed = (
+            self._sites[own].producer == value
+        )  # reads the language model's values as its input
+        readers = [name for name in (out, *(() if crossed else (own_out,))) if name in self._sites]
+        yield self._heads_of(
+            value,
+            (value,) if crossed else (value, own),
+            [self._averaged(name) for name in readers] + [ValueReader(own, 1)] * crossed,
+        )
+        if crossed:
+            yield self._heads_of(own, (own,), [self._averaged(own_out)])
+
+    def _averaged(self, site: str) -> ValueReader:
+        return ValueReader(site, self._heads // self._value_heads)
+
+    def _heads_of(
+        self, name: str, writers: tuple[str, ...], readers: Sequence[ValueReader]
+    ) -> ValueHeads:
+        return ValueHeads(name, writers, tuple(readers), self._value_heads, self._head_dim)
+
+
+@contextmanager
+def tap_attention(policy: SmolVLAPolicy, callback: AttentionCallback) -> Iterator[None]:
+    """Show ``callback`` the queries, keys and mask of every attention outside the vision tower while the block runs."""
+    model = policy.model.vlm_with_expert
+    original = model.eager_attention_forward
+    asked: list[str] = []
+
+    def attend(
+        mask: Tensor, batch: int, head_dim: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        heads = query.shape[2] // key.shape[2]
+        keys = key.repeat_interleave(heads, dim=2).transpose(1, 2)
+        callback(asked[-1], query.transpose(1, 2), keys, mask)
+        result: Tensor = original(mask, batch, head_dim, query, key, value)
+        return result
+
+    def remember(name: str, *_: object) -> None:
+        asked[:] = [name]
+
+    handles = [
+        module.register_forward_pre_hook(partial(remember, name))
+        for name, module in policy.named_modules()
+        if name.endswith(".q_proj") and not name.startswith(_VISION)
+    ]
+    try:
+        with mock.patch.object(model, "eager_attention_forward", attend):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---------------------------------------------------------------------------------------- stages
@@ -250,6 +417,55 @@ def _stages(policy: SmolVLAPolicy, config: SmolVLAConfig) -> tuple[Stage, ...]:
             "denoise", _Denoise(policy), (*context, spec("x", *x), spec("timestep", 1)),
             (spec("velocity", *x),), repeat=config.num_steps, batch_axes=(1, 1, 0, 0, 0),
         ),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- interface
+def image_size(config: SmolVLAConfig) -> tuple[int, int]:
+    """Return the (height, width) the vision tower sees; lerobot stores (width, height)."""
+    if config.resize_imgs_with_padding is not None:
+        width, height = config.resize_imgs_with_padding
+        return height, width
+    sizes = {tuple(feature.shape[1:]) for feature in config.image_features.values()}
+    if len(sizes) != 1:
+        raise explain(
+            "config.json",
+            "cameras of different sizes without resize_imgs_with_padding",
+            got=sorted(sizes),
+            remedy="set resize_imgs_with_padding",
+        )
+    height, width = sizes.pop()
+    return int(height), int(width)
+
+
+def make_interface(directory: Path, config: SmolVLAConfig) -> Interface:
+    """Return the outside of the policy in ``directory``."""
+    before, after = shared.read_processors(directory, frozenset({"smolvla_new_line_processor"}))
+    normalizer = find_step(before, "normalizer_processor", PREPROCESSOR_FILE)
+    unnormalizer = find_step(after, "unnormalizer_processor", POSTPROCESSOR_FILE)
+    state, dim = shared.features(directory, config)
+    cameras = shared.cameras(directory, config, before)
+    shared.refuse_normalized_images(directory, normalizer.config)
+    tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
+    tokenize = find_step(before, "tokenizer_processor", PREPROCESSOR_FILE).config
+    resize = image_size(config) if config.resize_imgs_with_padding is not None else None
+    return Interface(
+        preprocess=(
+            Images(keys=tuple(c.key for c in cameras), output="images", resize=resize,
+                   pad_value=0.0, scale=2.0, offset=-1.0),
+            shared.normalize_state(normalizer.config, "state", config.max_state_dim),
+            Tokenize(key=shared.TASK_KEY, file=shared.TOKENIZER_FILE, suffix="\n",
+                     max_length=int(tokenize.get("max_length", config.tokenizer_max_length)),
+                     pad_id=int(tokenizer.pad_token_id), tokens="tokens", mask="token_mask"),
+        ),
+        postprocess=(shared.unnormalize_action(unnormalizer.config, dim),),
+        statistics=shared.vector_statistics(statistics(normalizer) | statistics(unnormalizer)),
+        cameras=cameras,
+        state=state,
+        task_key=shared.TASK_KEY,
+        action=shared.action_spec(config, dim),
+        sampler=shared.flow_sampler(config, config.num_steps),
+        files={shared.TOKENIZER_FILE: tokenizer.backend_tokenizer.to_str().encode()},
     )  # fmt: skip
 
 

@@ -12,9 +12,12 @@ import pytest
 from random_observations import random_observation
 
 from quantvla import staged
+from quantvla.calib_sets import open_set
+from quantvla.checkpoint import load_quantized
 from quantvla.families import load_policy
 from quantvla.float_policy import FloatPolicy
 from quantvla.layout import make_plan
+from quantvla.quantize import quantize
 from quantvla.recipe import read_recipe
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.testing.smolvla import write_random_checkpoint
@@ -102,3 +105,15 @@ def test_other_sizes_and_depths(tmp_path: Path, tiny_size: Any) -> None:
     )
     checkpoint = write_random_checkpoint(tmp_path / "policy", size, seed=7)
     assert stages_against_lerobot(checkpoint, random_observation(size, 2)) < 1e-5
+
+
+def test_a_vlm_from_elsewhere_comes_along(copy: Path, tiny_set: Path, tmp_path: Path) -> None:
+    elsewhere = (copy / "vlm").rename(tmp_path / "elsewhere")
+    config = json.loads((copy / "config.json").read_text())
+    config["vlm_model_name"] = str(elsewhere)
+    (copy / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "out"
+    quantize(copy, open_set(tiny_set), read_recipe("rtn-w4a8"), output)
+    shutil.rmtree(elsewhere)
+    loaded, card = load_quantized(output)
+    assert len(card.plan.quantized) > 0 and "tokenizer.json" in loaded.interface.files
