@@ -28,6 +28,7 @@ from rich.table import Table
 from roofline import ceilings, roofline
 
 from quantvla.runtime.bench import bench
+from quantvla.runtime.kernels import available
 from quantvla.runtime.policy import Policy
 from quantvla.testing.smolvla import FULL_SIZE, SmolVLASize, write_random_checkpoint
 
@@ -203,13 +204,20 @@ def show(rows: dict[str, dict[str, Any]], table_of: dict[str, Any]) -> None:
     console.print(table)
 
 
-def versions() -> dict[str, str]:
+def versions(openvino: Path | None) -> dict[str, str]:
     """Return what the figures depend on."""
+    script = "from importlib.metadata import version as v; print(v('openvino'), v('nncf'))"
+    peers = ["none", "none"]
+    if openvino is not None:
+        peers = subprocess.run(
+            [openvino, "-c", script], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.split()
     packages = ("quantvla", "torch", "lerobot", "onnxruntime", "numpy")
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
     return {
         **{name: metadata.version(name) for name in packages},
+        **dict(zip(("openvino", "nncf"), peers, strict=True)), "kernels": available().describe(),
         "cpu": next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), platform.processor()),
         "flags": " ".join(flag for flag in wanted if f" {flag} " in flags.replace("\n", " ")),
         "cores": str(os.cpu_count()),
@@ -243,10 +251,10 @@ def main() -> None:
     turns: dict[str, list[dict[str, Any]]] = {}
     for _ in range(options.rounds):
         for arm in arms(options.work, options.openvino, options.recipes):
-            print(arm.name, file=sys.stderr, flush=True)
-            turns.setdefault(arm.name, []).append(
-                measure(arm, options.work, options.repeats, options.threads)
-            )
+            print(arm.name, end=" ", file=sys.stderr, flush=True)
+            found = measure(arm, options.work, options.repeats, options.threads)
+            turns.setdefault(arm.name, []).append(found)
+            print(f"{np.median(found['times_ms']['chunk']):.0f} ms", file=sys.stderr, flush=True)
     rows = summarize(turns, SIZES[options.size].action_dim)
     ours = min(
         (row for name, row in rows.items() if name.startswith("quantvla")),
@@ -258,7 +266,7 @@ def main() -> None:
         "threads": options.threads,
         "arms": rows,
         "roofline": table_of,
-        "versions": versions(),
+        "versions": versions(options.openvino),
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     show(rows, table_of)
