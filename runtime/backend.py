@@ -51,8 +51,12 @@ class Backend(Protocol):
         ...
 
 
+UNFUSED = "cpu-unfused"
+"""Target of a copy of a GPU engine whose numbers are checked without the GPU."""
+
 BACKENDS: Mapping[str, Backend] = {
     "cpu": OnnxRuntimeBackend(provider="CPUExecutionProvider"),
+    UNFUSED: OnnxRuntimeBackend(provider="CPUExecutionProvider", fused=False),
     **{name: TensorRTBackend(target.library) for name, target in TARGETS.items()},
 }
 

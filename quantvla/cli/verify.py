@@ -95,6 +95,17 @@ def _chunk_row(report: verification.VerifyReport) -> tuple[str, str, str]:
     )
 
 
+def _kernel_rows(table: Table, report: verification.VerifyReport, max_abs: float) -> None:
+    table.add_row(
+        "kernel: integer kernels against reference, same input, max"
+        if report.integer_sites
+        else "kernel: no integers; whole chunks against PyTorch, max abs",
+        f"{max_abs:.2e}",
+        f"{report.thresholds.kernel:.0e}",
+    )
+    table.add_row(*_chunk_row(report))
+
+
 def _print(report: verification.VerifyReport) -> None:
     error, limits = report.quantization, report.thresholds
     table = Table(title=f"{report.frames} held-out frames of {report.set}, seed {report.seed}")
@@ -105,14 +116,10 @@ def _print(report: verification.VerifyReport) -> None:
         f"{report.parity.max_abs:.2e}",
         f"{limits.parity:.0e}",
     )
-    table.add_row(
-        "kernel: integer kernels against reference, same input, max"
-        if report.integer_sites
-        else "kernel: no integers; whole chunks against PyTorch, max abs",
-        f"{report.kernel.max_abs:.2e}",
-        f"{limits.kernel:.0e}",
-    )
-    table.add_row(*_chunk_row(report))
+    if report.kernel.max_abs is None:
+        table.add_row("kernel: TensorRT's, not run; the graphs by ONNX Runtime, unfused", "", "")
+    else:
+        _kernel_rows(table, report, report.kernel.max_abs)
     table.add_row("quantization: cosine, mean", f"{error.cosine_mean:.5f}", f"{limits.cosine_mean}")
     table.add_row(
         "quantization: cosine, 5th percentile / min",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantvla.export.graph_work import engine_work
 from quantvla.export.source import SourcePolicy, load_source
 from quantvla.export.tensorrt_engine import export_tensorrt, static_sites
 from quantvla.roofline import estimate
+from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.manifest import check_files, read_manifest
 from quantvla.runtime.sampler import euler_integrate
 from quantvla.runtime.site_formats import read_formats
@@ -25,6 +27,7 @@ from quantvla.runtime.targets import BOARDS
 from quantvla.runtime.tensorrt_build import BuildOptions, build_engine
 from quantvla.site_tokens import count_site_tokens
 from quantvla.target_plan import TargetPlan
+from quantvla.verify import verify
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +130,22 @@ def test_onnx_runtime_confirms_the_numbers_of_the_policy(
     found = euler_integrate(velocity, noise, sampler.timesteps, sampler.step)
     expected = staged.sample(loaded, reference, noise)
     assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected - noise)
+
+
+def test_verify_runs_the_graphs_of_a_gpu_engine_on_the_cpu(
+    engine: Path, tiny_checkpoint: Path, tiny_float_engine: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    heldout = open_set(tiny_set).part("heldout")
+    report = verify(engine, tiny_checkpoint, heldout, float_engine=tiny_float_engine)
+    int8 = [site for site in read_formats(engine).sites if site.format == "int8"]
+    assert report.passed and report.integer_sites == len(int8) > 0
+    assert report.kernel.max_abs is None and report.chunk_limits_kept is None
+    assert 0 < report.quantization.nrmse < 0.1
+    assert 0.4 < 1 - report.integer_bytes / report.half_bytes < 0.5
+    broken = Path(shutil.copytree(engine, tmp_path / "engine"))
+    (broken / "vision.onnx").write_bytes(b"")
+    with pytest.raises(QuantVLAError, match=r"vision\.onnx"):
+        verify(broken, tiny_checkpoint, heldout, float_engine=tiny_float_engine)
 
 
 def test_an_estimate_reads_the_graphs(engine: Path) -> None:
