@@ -235,9 +235,9 @@ def load(kind: Kind, directory: Path, absent: frozenset[str] = frozenset()) -> L
     }
     policy = empty_policy(kind, config, widths)
     load_weights_(policy, directory, absent, stored_names=stored, in_place=False)
-    for both in (policy.model.paligemma_with_expert,):  # as lerobot does when it samples
-        both.paligemma.model.language_model.config._attn_implementation = "eager"
-        both.gemma_expert.model.config._attn_implementation = "eager"
+    towers = policy.model.paligemma_with_expert
+    for model in (towers.paligemma.model.language_model, towers.gemma_expert.model):
+        model.config._attn_implementation = "eager"  # as lerobot has it when it samples
     policy.eval()
     sites = describe_sites(policy, widths)
     return LoadedPolicy(
@@ -304,7 +304,7 @@ def _structure(kind: Kind, policy: nn.Module, sites: Iterable[Site], widths: Wid
     obstacle = _MODULATED if kind.adaptive else ""
     return Structure(
         norms=norms,
-        attentions=tuple(_attentions(used, widths)),
+        attentions=tuple(_attentions(used)),
         values=tuple(_values(used, widths)),
         mlps=tuple(find_mlps(used)),
         streams=(
@@ -327,7 +327,7 @@ def _norm(kind: Kind, name: str, readers: tuple[str, ...]) -> Norm:
 _VISION_HEADS = 16  # transformers' default, which lerobot does not change
 
 
-def _attentions(sites: Iterable[Site], widths: Widths) -> Iterator[Attention]:
+def _attentions(sites: Iterable[Site]) -> Iterator[Attention]:
     for site in sites:
         if site.kind in ("o_proj", "out_proj"):
             assert site.layer is not None
