@@ -85,6 +85,8 @@ def test_wheel_without_extras_runs_an_engine(pristine_engine: Path, tmp_path: Pa
         )
     )
     assert report["versions"]["quantvla"] == quantvla.__version__
+    own = report["versions"]["kernels"].startswith("own, ")  # they came with the wheel
+    assert own == bool(shutil.which("g++") or shutil.which("clang++"))
     serve = subprocess.run(
         [scripts / "quantvla", "serve", pristine_engine], capture_output=True, text=True
     )
