@@ -146,7 +146,7 @@ def test_vector_longer_than_the_model_input(pristine_engine: Path) -> None:
     normalize = msgspec.structs.replace(make_manifest().preprocess[1], mode="identity")
     with pytest.raises(QuantVLAError, match="expected at most 5 numbers, got 9"):
         Preprocessor([normalize], {}, pristine_engine)({"observation.state": np.zeros(9)})
-    with pytest.raises(QuantVLAError, match=r"vector of 9 does not fit .* a model input of 5"):
+    with pytest.raises(QuantVLAError, match=r"vector of 9 does not fit a model input of 5"):
         Preprocessor(
             [normalize], {}, pristine_engine, state=VectorSpec(key="observation.state", dim=9)
         )
