@@ -21,10 +21,25 @@ extern const Kernels kNeonI8mm, kNeonDot;
 
 namespace {
 
+// One set of functions and whether this processor runs it; the best first, null last.
+template <class Set>
 struct Candidate {
-  const Kernels* kernels;
+  const Set* set;
   bool runs;
 };
+
+template <class Set>
+const Set& best(const Candidate<Set>* c) {
+  while (!c->runs) ++c;
+  return *c->set;
+}
+
+template <class Set>
+const Set* named(const Candidate<Set>* c, const char* name) {
+  for (; c->set != nullptr; ++c)
+    if (c->runs && std::strcmp(c->set->name, name) == 0) return c->set;
+  return nullptr;
+}
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -33,8 +48,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
-const Candidate* candidates() {
-  static const Candidate all[] = {{&kAvx512, has_avx512()}, {&kAvx2, has_avx2()}, {&kPortable, true}, {nullptr, false}};
+const Candidate<Kernels>* candidates() {
+  static const Candidate<Kernels> all[] = {{&kAvx512, has_avx512()}, {&kAvx2, has_avx2()}, {&kPortable, true}, {nullptr, false}};
   return all;
 }
 #elif defined(__aarch64__)
@@ -46,44 +61,23 @@ bool has(unsigned long word, unsigned long bit) {
   return false;
 #endif
 }
-const Candidate* candidates() {
+const Candidate<Kernels>* candidates() {
   constexpr unsigned long kHwcap = 16, kHwcap2 = 26, kAsimdDp = 1ul << 20, kI8mm = 1ul << 13;
-  static const Candidate all[] = {{&kNeonI8mm, has(kHwcap2, kI8mm)},
+  static const Candidate<Kernels> all[] = {{&kNeonI8mm, has(kHwcap2, kI8mm)},
                                   {&kNeonDot, has(kHwcap, kAsimdDp)},
                                   {&kPortable, true},
                                   {nullptr, false}};
   return all;
 }
 #else
-const Candidate* candidates() {
-  static const Candidate all[] = {{&kPortable, true}, {nullptr, false}};
+const Candidate<Kernels>* candidates() {
+  static const Candidate<Kernels> all[] = {{&kPortable, true}, {nullptr, false}};
   return all;
 }
 #endif
 
-}  // namespace
-
-const Kernels& kernels_of_this_processor() {
-  const Candidate* c = candidates();
-  while (!c->runs) ++c;
-  return *c->kernels;
-}
-
-const Kernels* kernels_by_name(const char* name) {
-  for (const Candidate* c = candidates(); c->kernels != nullptr; ++c)
-    if (c->runs && std::strcmp(c->kernels->name, name) == 0) return c->kernels;
-  return nullptr;
-}
-
-namespace {
-
-struct AttentionCandidate {
-  const AttentionKernels* kernels;
-  bool runs;
-};
-
-const AttentionCandidate* attention_candidates() {
-  static const AttentionCandidate all[] = {
+const Candidate<AttentionKernels>* attention_candidates() {
+  static const Candidate<AttentionKernels> all[] = {
 #if defined(__x86_64__)
       {&kAttentionAvx512, has_avx512() && __builtin_cpu_supports("avx512bf16")},
       {&kAttentionAvx2, has_avx2()},
@@ -95,16 +89,9 @@ const AttentionCandidate* attention_candidates() {
 
 }  // namespace
 
-const AttentionKernels& attention_of_this_processor() {
-  const AttentionCandidate* c = attention_candidates();
-  while (!c->runs) ++c;
-  return *c->kernels;
-}
-
-const AttentionKernels* attention_by_name(const char* name) {
-  for (const AttentionCandidate* c = attention_candidates(); c->kernels != nullptr; ++c)
-    if (c->runs && std::strcmp(c->kernels->name, name) == 0) return c->kernels;
-  return nullptr;
-}
+const Kernels& kernels_of_this_processor() { return best(candidates()); }
+const Kernels* kernels_by_name(const char* name) { return named(candidates(), name); }
+const AttentionKernels& attention_of_this_processor() { return best(attention_candidates()); }
+const AttentionKernels* attention_by_name(const char* name) { return named(attention_candidates(), name); }
 
 }  // namespace quantvla

@@ -87,6 +87,17 @@ struct Tile {
   float* out;              // (rows, panels * 16)
 };
 
+// Call `body` with a tile of each panel alone.
+template <int PANELS, class Body>
+static inline void each_panel(Tile t, const Body& body) {
+  for (int p = 0; p < PANELS; ++p) {
+    body(t);
+    t.panel += t.panel_bytes;
+    t.panel_scales += static_cast<size_t>(t.blocks) * kPanel;
+    t.out += kPanel;
+  }
+}
+
 template <int BITS, int PANELS, int... ROWS>
 static void run_tile(int rows, const Tile& t, std::integer_sequence<int, ROWS...>) {
   (void)((rows == ROWS + 1 ? (tile<ROWS + 1, PANELS, BITS>(t), true) : false) || ...);

@@ -75,13 +75,7 @@ static void one_panel(const Tile& t) {
 
 template <int ROWS, int PANELS, int BITS>
 static void tile(const Tile& t) {
-  Tile one = t;
-  for (int p = 0; p < PANELS; ++p) {
-    one_panel<ROWS, BITS>(one);
-    one.panel += t.panel_bytes;
-    one.panel_scales += static_cast<size_t>(t.blocks) * kPanel;
-    one.out += kPanel;
-  }
+  each_panel<PANELS>(t, [](const Tile& one) { one_panel<ROWS, BITS>(one); });
 }
 
 }  // namespace avx2

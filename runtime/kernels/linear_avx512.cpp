@@ -133,13 +133,7 @@ static void tile(const Tile& t) {
     large_blocks<ROWS, PANELS, BITS>(t);
     return;
   }
-  Tile one = t;
-  for (int p = 0; p < PANELS; ++p) {
-    small_blocks<ROWS, BITS>(one);
-    one.panel += t.panel_bytes;
-    one.panel_scales += static_cast<size_t>(t.blocks) * kPanel;
-    one.out += kPanel;
-  }
+  each_panel<PANELS>(t, [](const Tile& one) { small_blocks<ROWS, BITS>(one); });
 }
 
 }  // namespace avx512
