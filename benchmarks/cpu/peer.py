@@ -80,26 +80,24 @@ def chunk(stages: dict[str, Run], given: dict[str, Any], times: dict[str, list[f
     return x
 
 
-def main() -> None:
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options that all peers share."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("directory", type=Path)
+    found.add_argument("inputs", type=Path)
+    found.add_argument("output", type=Path)
+    found.add_argument("--precision", choices=("f32", "bf16"), default="f32")
+    found.add_argument("--threads", type=int, default=2)
+    found.add_argument("--repeats", type=int, default=3)
+    return found
+
+
+def measure(options: argparse.Namespace, load: Callable[[], dict[str, Run]]) -> None:
     """Load, warm up, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("inputs", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--library", choices=("onnxruntime", "openvino"), required=True)
-    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    load = openvino_stage if options.library == "openvino" else onnxruntime_stage
-    suffix = "xml" if (options.directory / "vision.xml").is_file() else "onnx"
     with np.load(options.inputs) as file:
         given = dict(file)
     start = time.perf_counter()
-    stages = {
-        name: load(options.directory / f"{name}.{suffix}", options.threads, options.precision)
-        for name in STAGES
-    }
+    stages = load()
     load_ms = (time.perf_counter() - start) * 1e3
     np.save(options.output, chunk(stages, given, {}))
     times: dict[str, list[float]] = {}
@@ -113,6 +111,19 @@ def main() -> None:
         "times_ms": times, "load_ms": load_ms, "resident_mb": resident / 1024,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }))  # fmt: skip
+
+
+def main() -> None:
+    """Measure graphs with the library asked for."""
+    found = parser(__doc__)
+    found.add_argument("--library", choices=("onnxruntime", "openvino"), required=True)
+    options = found.parse_args()
+    load = openvino_stage if options.library == "openvino" else onnxruntime_stage
+    suffix = "xml" if (options.directory / "vision.xml").is_file() else "onnx"
+    measure(options, lambda: {
+        name: load(options.directory / f"{name}.{suffix}", options.threads, options.precision)
+        for name in STAGES
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
