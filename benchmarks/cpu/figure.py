@@ -39,8 +39,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         widths = np.array([parts(result["arms"][name])[index] for name in names])
         axes.barh(names, widths, left=left, color=COLORS[index], label=LABELS[part])
         left += widths
-    for position in range(len(names)):
-        axes.text(left[position] + 0.03, position, f"{left[position]:.2f}", va="center", fontsize=9)
+    for position, name in enumerate(names):  # stages are medians of their own, the chunk too
+        seconds = result["arms"][name]["chunk_ms"] / 1e3
+        axes.text(left[position] + 0.03, position, f"{seconds:.2f}", va="center", fontsize=9)
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("quantvla") else "normal")
     axes.invert_yaxis()
