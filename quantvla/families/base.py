@@ -9,16 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from quantvla.runtime.manifest import (
-    ActionSpec,
-    CameraSpec,
-    EulerSampler,
-    FeatureStatistics,
-    PostprocessStep,
-    PreprocessStep,
-    TensorSpec,
-    VectorSpec,
-)
+from quantvla.runtime.manifest import ActionSpec, CameraSpec, EulerSampler, TensorSpec, VectorSpec
+from quantvla.runtime.processing_steps import FeatureStatistics, PostprocessStep, PreprocessStep
 from quantvla.structure import EMPTY, Structure, TapAttention, no_attention
 
 

@@ -21,6 +21,8 @@ ATTENTION = r"self_attn\.(?P<kind>q_proj|k_proj|v_proj|o_proj|out_proj)"
 MLP = r"mlp\.(?P<kind>gate_proj|up_proj|down_proj|fc1|fc2)"
 LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 SIGLIP_NORMS = ("layer_norm1", "layer_norm2")
+CENTRED = "its LayerNorms subtract the mean over channels, which no rotation leaves alone"
+"""Why the stream of a SigLIP tower is not rotated."""
 
 _PRODUCERS = {
     "q_proj": "{norm1}", "k_proj": "{norm1}", "v_proj": "{norm1}",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from quantvla.runtime.errors import QuantVLAError, explain
-from quantvla.runtime.manifest import FeatureStatistics
+from quantvla.runtime.processing_steps import FeatureStatistics
 
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR_FILE = "policy_preprocessor.json"

@@ -20,16 +20,13 @@ from quantvla.families.lerobot_checkpoint import (
     refuse_unknown_steps,
 )
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import (
-    ActionSpec,
+from quantvla.runtime.manifest import ActionSpec, CameraSpec, EulerSampler, VectorSpec
+from quantvla.runtime.processing_steps import (
     AddState,
-    CameraSpec,
-    EulerSampler,
     FeatureStatistics,
     Normalize,
     PostprocessStep,
     Unnormalize,
-    VectorSpec,
 )
 
 STATE_KEY, ACTION_KEY, TASK_KEY = "observation.state", "action", "task"

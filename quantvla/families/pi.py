@@ -18,18 +18,19 @@ from typing import Any
 from unittest import mock
 
 import msgspec
-import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi05 import modeling_pi05
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models.gemma import modeling_gemma
 
 from quantvla.families import lerobot_interface as shared
+from quantvla.families import prefix_cache
 from quantvla.families.base import Family, Interface, LoadedPolicy, Site, Stage
 from quantvla.families.blocks import (
+    CENTRED,
     SIGLIP_NORMS,
     SitePattern,
     find_mlps,
@@ -48,9 +49,8 @@ from quantvla.families.lerobot_checkpoint import (
     weight_shapes,
 )
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import Images, Prompt, StateText, TensorSpec, Tokenize
+from quantvla.runtime.processing_steps import Images, Prompt, StateText, Tokenize
 from quantvla.structure import (
-    Attention,
     AttentionCallback,
     Modulation,
     Norm,
@@ -66,7 +66,6 @@ _LLM = _VLM + "language_model"
 _EMBEDDING = _LLM + ".embed_tokens"
 _EXPERT = _BOTH + "gemma_expert.model"
 _PROJECTOR = _VLM + "multi_modal_projector.linear"
-_CENTRED = "its LayerNorms subtract the mean over channels, which no rotation leaves alone"
 _MODULATED = (
     "scale and shift of its norms and the gates on what is added depend on the time, channel by "
     "channel, and no rotation commutes with them"
@@ -286,12 +285,7 @@ def _adjust(depth: int, site: Site) -> Site:
     """Return the site with its final norm, and why it is unused where it is."""
     if site.kind == "action_out_proj":
         return replace(site, producer=_EXPERT + ".norm")
-    unused = ""
-    if site.kind == "lm_head":
-        unused = "token logits are never read: the expert takes keys and values"
-    elif site.part == "llm" and site.layer == depth - 1 and site.kind not in ("k_proj", "v_proj"):
-        unused = "of the last layer the expert takes only keys and values"
-    return replace(site, unused=unused)
+    return replace(site, unused=prefix_cache.why_unused(site, depth - 1))
 
 
 # ------------------------------------------------------------------------------------- structure
@@ -304,13 +298,13 @@ def _structure(kind: Kind, policy: nn.Module, sites: Iterable[Site], widths: Wid
     obstacle = _MODULATED if kind.adaptive else ""
     return Structure(
         norms=norms,
-        attentions=tuple(_attentions(used)),
-        values=tuple(_values(used, widths)),
+        attentions=tuple(prefix_cache.find_attentions(used, _HEADS, _VISION_HEADS)),
+        values=(*_values(used, widths), *prefix_cache.vision_values(used, _VISION_HEADS)),
         mlps=tuple(find_mlps(used)),
         streams=(
             stream("language model", (_EMBEDDING, _PROJECTOR), part="llm", root=_LLM),
             stream("action head", embedders, part="expert", root=_EXPERT, obstacle=obstacle),
-            stream("vision tower", (), part="vision", root=_VISION, obstacle=_CENTRED),
+            stream("vision tower", (), part="vision", root=_VISION, obstacle=CENTRED),
         ),
     )
 
@@ -327,18 +321,6 @@ def _norm(kind: Kind, name: str, readers: tuple[str, ...]) -> Norm:
 _VISION_HEADS = 16  # transformers' default, which lerobot does not change
 
 
-def _attentions(sites: Iterable[Site]) -> Iterator[Attention]:
-    for site in sites:
-        if site.kind in ("o_proj", "out_proj"):
-            assert site.layer is not None
-            vision = site.part == "vision"
-            heads = _VISION_HEADS if vision else _HEADS
-            yield Attention(
-                q=site.name.removesuffix(site.kind) + "q_proj", o=site.name, part=site.part,
-                layer=site.layer, heads=heads, head_dim=site.in_features // heads,
-            )  # fmt: skip
-
-
 def _values(sites: Iterable[Site], widths: Widths) -> Iterator[ValueHeads]:
     """Yield the value heads; the two Gemmas' values of one layer stand side by side in one attention."""
     used = {site.name for site in sites}
@@ -353,13 +335,6 @@ def _values(sites: Iterable[Site], widths: Widths) -> Iterator[ValueHeads]:
             writers[0], writers,
             tuple(ValueReader(name, repeat) for name in readers if name in used),
             gemma.num_kv_heads, gemma.head_dim,
-        )  # fmt: skip
-    for layer in range(widths.vision_depth):
-        attention = f"{_VISION}.layers.{layer}.self_attn."
-        yield ValueHeads(
-            attention + "v_proj", (attention + "v_proj",),
-            (ValueReader(attention + "out_proj", 1),),
-            _VISION_HEADS, widths.vision_width // _VISION_HEADS,
         )  # fmt: skip
 
 
@@ -385,71 +360,9 @@ def tap_attention(policy: nn.Module, callback: AttentionCallback) -> Iterator[No
 
 
 # ---------------------------------------------------------------------------------------- stages
-class _Vision(nn.Module):
-    """images (cameras, 3, height, width) in [-1, 1] -> image_features (cameras, tokens, hidden)."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, images: Tensor) -> Tensor:
-        model: Any = self.policy.model
-        features: Tensor = model.paligemma_with_expert.embed_image(images)
-        return features
-
-
-class _Prefix(nn.Module):
-    """Image features and tokens (1, length) -> keys, values (layers, 1, heads, prefix, head_dim), prefix_mask (1, prefix)."""
-
-    def __init__(self, policy: nn.Module, empty_cameras: int) -> None:
-        super().__init__()
-        self.policy = policy
-        self.empty_cameras = empty_cameras
-
-    def forward(
-        self, image_features: Tensor, tokens: Tensor, token_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        model: Any = self.policy.model
-        features = [image_features[i : i + 1] for i in range(image_features.shape[0])]
-        masks = [torch.ones(1, dtype=torch.bool) for _ in features]
-        for _ in range(self.empty_cameras):  # masked, so what stands there does not matter
-            features.append(torch.zeros_like(features[0]))
-            masks.append(torch.zeros(1, dtype=torch.bool))
-        # lerobot lays out the prefix; the features are already there, so embedding one is the identity.
-        with mock.patch.object(model.paligemma_with_expert, "embed_image", lambda image: image):
-            embeddings, pad, attention = model.embed_prefix(features, masks, tokens, token_mask)
-        _, cache = model.paligemma_with_expert.forward(
-            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad, attention)),
-            position_ids=torch.cumsum(pad, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[embeddings, None],
-            use_cache=True,
-        )
-        keys = torch.stack([layer.keys for layer in cache.layers])
-        values = torch.stack([layer.values for layer in cache.layers])
-        return keys, values, pad
-
-
-class _Denoise(nn.Module):
-    """One call of the velocity field: x (1, horizon, padded action), timestep (1,) -> velocity like x; pi0 also takes the state."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(
-        self, keys: Tensor, values: Tensor, prefix_mask: Tensor, x: Tensor, timestep: Tensor,
-        state: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        cache = DynamicCache()
-        for layer in range(keys.shape[0]):
-            cache.update(keys[layer], values[layer], layer)
-        model: Any = self.policy.model
-        given = {} if state is None else {"state": state}
-        velocity: Tensor = model.denoise_step(
-            prefix_pad_masks=prefix_mask, past_key_values=cache, x_t=x, timestep=timestep, **given
-        )
-        return velocity
+def _attention_mask(pad: Tensor, attention: Tensor) -> Tensor:
+    mask: Tensor = prepare_attention_masks_4d(make_att_2d_masks(pad, attention))
+    return mask
 
 
 def _stages(
@@ -461,31 +374,16 @@ def _stages(
     cameras, gemma = len(interface.cameras), widths.language
     height, width = (int(side) for side in config.image_resolution)
     patches = (height // vision.patch_size) * (width // vision.patch_size)
-    length = (cameras + config.empty_cameras) * patches + text.max_length
-    cache = (gemma.depth, 1, gemma.num_kv_heads, length, gemma.head_dim)
-    x = interface.sampler.noise_shape
-
-    def spec(name: str, *shape: int, dtype: Any = "float32") -> TensorSpec:
-        return TensorSpec(name=name, dtype=dtype, shape=shape)
-
-    images = spec("images", cameras, 3, height, width)
-    features = spec("image_features", cameras, patches, gemma.width)
-    tokens = spec("tokens", 1, text.max_length, dtype="int64")
-    token_mask = spec("token_mask", 1, text.max_length, dtype="bool")
-    context = (
-        spec("keys", *cache),
-        spec("values", *cache),
-        spec("prefix_mask", 1, length, dtype="bool"),
-    )
-    state = () if kind.adaptive else (spec("state", 1, config.max_state_dim),)
-    return (
-        Stage("vision", _Vision(policy), (images,), (features,)),
-        Stage("prefix", _Prefix(policy, config.empty_cameras), (features, tokens, token_mask), context, attended=True),
-        Stage(
-            "denoise", _Denoise(policy), (*context, spec("x", *x), spec("timestep", 1), *state),
-            (spec("velocity", *x),), repeat=config.num_inference_steps,
-            batch_axes=(1, 1, 0, 0, 0, *(0 for _ in state)),
-        ),
+    shapes = prefix_cache.Shapes(
+        cameras=cameras, empty_cameras=config.empty_cameras, image=(height, width),
+        image_tokens=patches, hidden=gemma.width, text=text.max_length,
+        prefix=(cameras + config.empty_cameras) * patches + text.max_length,
+        layers=gemma.depth, key_value_heads=gemma.num_kv_heads, head_dim=gemma.head_dim,
+    )  # fmt: skip
+    return prefix_cache.make_stages(
+        policy, "paligemma_with_expert", _attention_mask, shapes, interface.sampler,
+        repeat=config.num_inference_steps,
+        denoise_state=None if kind.adaptive else config.max_state_dim,
     )  # fmt: skip
 
 

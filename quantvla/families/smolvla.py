@@ -12,16 +12,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, make_att_2d_masks
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, DynamicCache
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from quantvla.families import lerobot_interface as shared
+from quantvla.families import prefix_cache
 from quantvla.families.base import Family, Interface, LoadedPolicy, Site, Stage
 from quantvla.families.blocks import (
+    CENTRED,
     SIGLIP_NORMS,
     SitePattern,
     find_mlps,
@@ -38,9 +39,8 @@ from quantvla.families.lerobot_checkpoint import (
     statistics,
 )
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import Images, TensorSpec, Tokenize
+from quantvla.runtime.processing_steps import Images, Tokenize
 from quantvla.structure import (
-    Attention,
     AttentionCallback,
     Norm,
     Structure,
@@ -123,6 +123,7 @@ def load(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
     config = read_config(directory)
     policy = build_policy(directory, config, absent)
     sites = find_sites(policy, _PATTERNS, lambda site: _adjust(policy, site))
+    interface = make_interface(directory, config)
     return LoadedPolicy(
         directory=directory,
         family=FAMILY.policy_type,
@@ -130,8 +131,8 @@ def load(directory: Path, absent: frozenset[str] = frozenset()) -> LoadedPolicy:
         sites=sites,
         structure=make_structure(policy, sites),
         tap_attention=lambda callback: tap_attention(policy, callback),
-        stages=_stages(policy, config),
-        interface=make_interface(directory, config),
+        stages=_stages(policy, config, interface),
+        interface=interface,
         carried=vlm_files(directory, config.vlm_model_name),
         processor_overrides={"tokenizer_processor": {"tokenizer_name": config.vlm_model_name}},
     )
@@ -163,7 +164,8 @@ _PATTERNS = (
 
 def _adjust(policy: SmolVLAPolicy, site: Site) -> Site:
     """Return the site with what SmolVLA does otherwise than other transformers."""
-    site = replace(site, unused=_unused(policy, site.part, site.kind, site.layer))
+    last = policy.model.vlm_with_expert.num_vlm_layers - 1
+    site = replace(site, unused=prefix_cache.why_unused(site, last))
     if site.kind == "action_out_proj":
         return replace(site, producer=_EXPERT + ".norm")
     cross = site.part == "expert" and _is_cross_attention(policy, site.layer)
@@ -183,28 +185,21 @@ def _is_cross_attention(policy: SmolVLAPolicy, layer: int | None) -> bool:
     )
 
 
-def _unused(policy: SmolVLAPolicy, part: str, kind: str, layer: int | None) -> str:
-    if kind == "lm_head":
-        return "token logits are never read: the expert takes keys and values"
-    last = policy.model.vlm_with_expert.num_vlm_layers - 1
-    if part == "llm" and layer == last and kind not in ("k_proj", "v_proj"):
-        return "of the last layer the expert takes only keys and values"
-    return ""
-
-
 # ------------------------------------------------------------------------------------- structure
 _EMBEDDERS = (
     _LLM + ".embed_tokens",
     "model.vlm_with_expert.vlm.model.connector.modality_projection.proj",
     "model.state_proj",
 )
-_CENTRED = "its LayerNorms subtract the mean over channels, which no rotation leaves alone"
 
 
 def make_structure(policy: SmolVLAPolicy, sites: Sequence[Site]) -> Structure:
     """Return the structure of a policy with these linears; what inference never reads is left out."""
     used = [site for site in sites if not site.unused]
-    blocks = _Blocks({site.name: site for site in used}, policy.model.vlm_with_expert)
+    model = policy.model.vlm_with_expert
+    values = _Values({site.name: site for site in used}, model)
+    heads = model.config.text_config.num_attention_heads
+    vision_heads = model.config.vision_config.num_attention_heads
     norms = tuple(
         Norm(name, "layer" if name.startswith(_VISION) else "rms", readers)
         for name, readers in norm_readers(used).items()
@@ -212,46 +207,27 @@ def make_structure(policy: SmolVLAPolicy, sites: Sequence[Site]) -> Structure:
     stream = partial(residual_stream, sites=used, norms=norms, policy=policy)
     return Structure(
         norms=norms,
-        attentions=tuple(blocks.attentions()),
-        values=tuple(blocks.values()),
+        attentions=tuple(prefix_cache.find_attentions(used, heads, vision_heads)),
+        values=(*prefix_cache.vision_values(used, vision_heads), *values.of_both_towers()),
         mlps=tuple(find_mlps(used)),
         streams=(
             stream("language model", _EMBEDDERS, part="llm", root=_LLM),
             stream("action head", ("model.action_time_mlp_out",), part="expert", root=_EXPERT),
-            stream("vision tower", (), part="vision", root=_VISION, obstacle=_CENTRED),
+            stream("vision tower", (), part="vision", root=_VISION, obstacle=CENTRED),
         ),
     )
 
 
-class _Blocks:
-    """Attentions layer by layer; the action head reads the language model's values of the same layer."""
+class _Values:
+    """Value heads layer by layer; the action head reads the language model's values of the same layer."""
 
     def __init__(self, sites: dict[str, Site], model: Any) -> None:
         self._sites, self._model = sites, model
-        text, vision = model.config.text_config, model.config.vision_config
+        text = model.config.text_config
         self._heads, self._value_heads = text.num_attention_heads, text.num_key_value_heads
         self._head_dim = text.head_dim
-        self._vision_heads = vision.num_attention_heads
-        self._vision_dim = vision.hidden_size // vision.num_attention_heads
 
-    def attentions(self) -> Iterator[Attention]:
-        for site in self._sites.values():
-            if site.kind in ("o_proj", "out_proj"):
-                assert site.layer is not None
-                tower = site.part == "vision"
-                yield Attention(
-                    q=site.name.removesuffix(site.kind) + "q_proj", o=site.name, part=site.part,
-                    layer=site.layer, heads=self._vision_heads if tower else self._heads,
-                    head_dim=self._vision_dim if tower else self._head_dim,
-                )  # fmt: skip
-
-    def values(self) -> Iterator[ValueHeads]:
-        for site in list(self._sites.values()):
-            if site.kind == "v_proj" and site.part == "vision":
-                out = ValueReader(site.name.replace("v_proj", "out_proj"), 1)
-                yield ValueHeads(
-                    site.name, (site.name,), (out,), self._vision_heads, self._vision_dim
-                )
+    def of_both_towers(self) -> Iterator[ValueHeads]:
         if self._model.num_expert_layers == self._model.num_vlm_layers:
             for layer in range(self._model.num_vlm_layers):
                 yield from self._values_of(layer)
@@ -316,72 +292,9 @@ def tap_attention(policy: SmolVLAPolicy, callback: AttentionCallback) -> Iterato
 
 
 # ---------------------------------------------------------------------------------------- stages
-class _Vision(nn.Module):
-    """images (cameras, 3, height, width) in [-1, 1] -> image_features (cameras, tokens, hidden)."""
-
-    def __init__(self, policy: SmolVLAPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.policy.model.vlm_with_expert.embed_image(images)
-        return features
-
-
-class _Prefix(nn.Module):
-    """Image features, tokens (1, length) and state (1, padded) -> keys, values (layers, 1, heads, prefix, head_dim), prefix_mask (1, prefix)."""
-
-    def __init__(self, policy: SmolVLAPolicy, empty_cameras: int) -> None:
-        super().__init__()
-        self.policy = policy
-        self.empty_cameras = empty_cameras
-
-    def forward(
-        self, image_features: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        model = self.policy.model
-        features = [image_features[i : i + 1] for i in range(image_features.shape[0])]
-        masks = [torch.ones(1, dtype=torch.bool) for _ in features]
-        for _ in range(self.empty_cameras):  # masked, so what stands there does not matter
-            features.append(torch.zeros_like(features[0]))
-            masks.append(torch.zeros(1, dtype=torch.bool))
-        # lerobot lays out the prefix; the features are already there, so embedding one is the identity.
-        with mock.patch.object(model.vlm_with_expert, "embed_image", lambda image: image):
-            embeddings, pad, attention = model.embed_prefix(
-                features, masks, tokens, token_mask, state=state
-            )
-        _, cache = model.vlm_with_expert.forward(
-            attention_mask=make_att_2d_masks(pad, attention),
-            position_ids=torch.cumsum(pad, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[embeddings, None],
-            use_cache=True,
-        )
-        keys = torch.stack([layer.keys for layer in cache.layers])
-        values = torch.stack([layer.values for layer in cache.layers])
-        return keys, values, pad
-
-
-class _Denoise(nn.Module):
-    """One call of the velocity field: x (1, horizon, padded action), timestep (1,) -> velocity like x."""
-
-    def __init__(self, policy: SmolVLAPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(
-        self, keys: Tensor, values: Tensor, prefix_mask: Tensor, x: Tensor, timestep: Tensor
-    ) -> Tensor:
-        cache = DynamicCache()
-        for layer in range(keys.shape[0]):
-            cache.update(keys[layer], values[layer], layer)
-        velocity: Tensor = self.policy.model.denoise_step(
-            prefix_pad_masks=prefix_mask, past_key_values=cache, x_t=x, timestep=timestep
-        )
-        return velocity
-
-
-def _stages(policy: SmolVLAPolicy, config: SmolVLAConfig) -> tuple[Stage, ...]:
+def _stages(
+    policy: SmolVLAPolicy, config: SmolVLAConfig, interface: Interface
+) -> tuple[Stage, ...]:
     vlm: Any = policy.model.vlm_with_expert.config
     text, vision = vlm.text_config, vlm.vision_config
     cameras = len(config.image_features) - config.empty_cameras
@@ -393,30 +306,15 @@ def _stages(policy: SmolVLAPolicy, config: SmolVLAConfig) -> tuple[Stage, ...]:
         (cameras + config.empty_cameras) * (per_camera + markers) + config.tokenizer_max_length + 1,
         config.prefix_length,
     )
-    layers = policy.model.vlm_with_expert.num_vlm_layers
-    cache = (layers, 1, text.num_key_value_heads, length, text.head_dim)
-    x = (1, config.chunk_size, config.max_action_dim)
-
-    def spec(name: str, *shape: int, dtype: Any = "float32") -> TensorSpec:
-        return TensorSpec(name=name, dtype=dtype, shape=shape)
-
-    images = spec("images", cameras, 3, height, width)
-    features = spec("image_features", cameras, per_camera, text.hidden_size)
-    tokens = spec("tokens", 1, config.tokenizer_max_length, dtype="int64")
-    token_mask = spec("token_mask", 1, config.tokenizer_max_length, dtype="bool")
-    state = spec("state", 1, config.max_state_dim)
-    context = (
-        spec("keys", *cache),
-        spec("values", *cache),
-        spec("prefix_mask", 1, length, dtype="bool"),
-    )
-    return (
-        Stage("vision", _Vision(policy), (images,), (features,)),
-        Stage("prefix", _Prefix(policy, config.empty_cameras), (features, tokens, token_mask, state), context, attended=True),
-        Stage(
-            "denoise", _Denoise(policy), (*context, spec("x", *x), spec("timestep", 1)),
-            (spec("velocity", *x),), repeat=config.num_steps, batch_axes=(1, 1, 0, 0, 0),
-        ),
+    shapes = prefix_cache.Shapes(
+        cameras=cameras, empty_cameras=config.empty_cameras, image=(height, width),
+        image_tokens=per_camera, hidden=text.hidden_size, text=config.tokenizer_max_length,
+        prefix=length, layers=policy.model.vlm_with_expert.num_vlm_layers,
+        key_value_heads=text.num_key_value_heads, head_dim=text.head_dim,
+    )  # fmt: skip
+    return prefix_cache.make_stages(
+        policy, "vlm_with_expert", make_att_2d_masks, shapes, interface.sampler,
+        repeat=config.num_steps, prefix_state=config.max_state_dim,
     )  # fmt: skip
 
 

@@ -11,13 +11,14 @@ import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
 from lerobot.processor import tokenizer_processor
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from quantvla.families.lerobot_interface import TOKENIZER_DIRECTORY
 from quantvla.families.pi import KINDS, Gemma, Widths, widths_in_place
 from quantvla.testing.statistics import random_statistics
+from quantvla.testing.tokenizer import byte_level_bpe
 
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
 _NUMBERS = " ".join(map(str, range(256)))
@@ -62,15 +63,8 @@ FULL_SIZE = PiSize(
 
 def make_tokenizer(texts: tuple[str, ...], vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on ``texts`` and numbers, with PaliGemma's special tokens."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(_SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
     prompts = [f"Task: {text}, State: {_NUMBERS};\nAction: " for text in texts]
-    tokenizer.train_from_iterator(prompts * 4, trainer)
+    tokenizer = byte_level_bpe(prompts * 4, vocabulary, _SPECIAL_TOKENS, "<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", _SPECIAL_TOKENS.index("<bos>"))]
     )

@@ -10,7 +10,6 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,
@@ -19,6 +18,8 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
+
+from quantvla.testing.tokenizer import byte_level_bpe
 
 VLM_DIRECTORY = "vlm"
 _SPECIAL_TOKENS = (
@@ -67,16 +68,8 @@ FULL_SIZE = SmolVLASize(
 
 def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on ``texts``, with SmolVLM's special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(_SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<end_of_utterance>",
+        tokenizer_object=byte_level_bpe(texts, vocabulary, _SPECIAL_TOKENS), bos_token="<|im_start|>", eos_token="<end_of_utterance>",
         pad_token="<|im_end|>", unk_token="<|endoftext|>",
         extra_special_tokens={
             "fake_image_token": "<fake_token_around_image>",

@@ -28,8 +28,9 @@ from quantvla.recipe import read_recipe
 from quantvla.runtime.control.limits import limits_from_manifest
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.guidance import ActionPrefix
-from quantvla.runtime.manifest import Tokenize, read_manifest
+from quantvla.runtime.manifest import read_manifest
 from quantvla.runtime.policy import Policy
+from quantvla.runtime.processing_steps import Tokenize
 from quantvla.runtime.resize import resize_with_pad
 from quantvla.runtime.text import StateWriter
 from quantvla.testing import pi
