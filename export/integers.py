@@ -21,6 +21,7 @@ from quantvla.export.kernels import (
     INT8_ACCURACY_LEVEL,
     INTEGER_LINEAR,
     KERNELS,
+    back_to_file,
     site_name,
 )
 from quantvla.export.panels import from_panels
@@ -57,7 +58,7 @@ def integer_sites(directory: Path, manifest: Manifest) -> Iterator[IntegerSite]:
 
 def _read(node: ir.Node, stage: str) -> IntegerSite:
     kernel = KERNELS[node.op_type]
-    codes, scales = _stored(node, kernel.weight), _stored(node, kernel.scales)
+    (codes, _), (scales, _) = _stored(node, kernel.weight), _stored(node, kernel.scales)
     has_bias = len(node.inputs) > kernel.bias and node.inputs[kernel.bias] is not None
     return IntegerSite(
         site=site_name(node),
@@ -99,40 +100,34 @@ def _tensor(content: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.array(content))
 
 
-def _stored(node: ir.Node, index: int) -> ir.TensorProtocol:
-    """Return the tensor in the file that an input is, or is computed from by layout nodes."""
-    value = node.inputs[index]
-    while (
-        value is not None and value.const_value is None and (made := value.producer()) is not None
-    ):
-        value = made.inputs[0]
+def _stored(node: ir.Node, index: int) -> tuple[ir.TensorProtocol, list[ir.Node]]:
+    """Return the tensor in the file that an input is or is laid out from, and the layout nodes, the last one first."""
+    value, nodes = back_to_file(node.inputs[index])
     if value is None or value.const_value is None:
         raise explain(
             node.name or node.op_type,
             f"input {index} is not stored in the graph",
             remedy="export again",
         )
-    return value.const_value
+    return value.const_value, nodes
 
 
 def _constant(node: ir.Node, index: int) -> NDArray[Any]:
     """Return the content of an input, with the layout nodes between it and the file applied."""
-    content = _stored(node, index).numpy()
-    value, nodes = node.inputs[index], []
-    while (
-        value is not None and value.const_value is None and (made := value.producer()) is not None
-    ):
-        nodes.append(made)
-        value = made.inputs[0]
+    stored, nodes = _stored(node, index)
+    content = stored.numpy()
     for made in reversed(nodes):
+        shape = shape_of(made.outputs[0])
         if made.op_type == "Transpose":
             content = content.transpose(made.attributes["perm"].as_ints())
-        elif made.op_type in ("Reshape", "Expand"):
-            shape = shape_of(made.outputs[0])
-            assert shape is not None
-            content = (
-                content.reshape(shape)
-                if made.op_type == "Reshape"
-                else np.broadcast_to(content, shape)
+        elif made.op_type == "Reshape" and shape is not None:
+            content = content.reshape(shape)
+        elif made.op_type == "Expand" and shape is not None:
+            content = np.broadcast_to(content, shape)
+        elif made.op_type != "Cast":
+            raise explain(
+                node.name or node.op_type,
+                f"input {index} is computed by {made.op_type}, which is no layout",
+                remedy="export again",
             )
     return content

@@ -50,12 +50,20 @@ class Combine(Enum):
     MULTIPLY = 2
 
 
+def back_to_file(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.Node]]:
+    """Return the stored value that nodes lay out as ``value``, and these nodes, the last one first.
+
+    The first part is no constant where ``value`` is computed from an input.
+    """
+    nodes = []
+    while value is not None and value.const_value is None and (made := value.producer()):
+        nodes.append(made)
+        value = made.inputs[0]
+    return value, nodes
+
+
 def site_name(node: ir.Node) -> str:
     """Return the site an integer kernel stands for, from the name of its stored weight."""
-    value = node.inputs[KERNELS[node.op_type].weight]
-    while (
-        value is not None and value.const_value is None and (made := value.producer()) is not None
-    ):
-        value = made.inputs[0]
+    value, _ = back_to_file(node.inputs[KERNELS[node.op_type].weight])
     name = (value.name if value is not None else None) or ""
     return name.removeprefix("policy.").removesuffix(".qweight")

@@ -15,11 +15,18 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
-from quantvla.export.kernels import INTEGER_LINEAR, MATMUL_NBITS, NATIVE_DOMAIN, Activation, Combine
-from quantvla.export.rewrites.graph import Editor, commuted, made_by, shape_of
+from quantvla.export.kernels import (
+    INTEGER_LINEAR,
+    MATMUL_NBITS,
+    NATIVE_DOMAIN,
+    Activation,
+    Combine,
+    back_to_file,
+)
+from quantvla.export.rewrites.graph import Editor, commuted, shape_of
 
 _ATTENTION_WIDTH = 32  # a head is a multiple of this wide
-_LAYOUT = ("Reshape", "Transpose", "Expand", "Cast")
+_LAYOUT = frozenset({"Reshape", "Transpose", "Expand", "Cast"})
 
 
 def derive_native(stock: Path, output: Path) -> tuple[int, int]:
@@ -75,11 +82,17 @@ def fuse_linears_(model: ir.Model) -> int:
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
-    """Return the constant from which layout nodes compute ``value``, None if it is computed otherwise."""
-    layouts = 0
-    while (node := made_by(value, *_LAYOUT)) is not None:
-        value, layouts = node.inputs[0], layouts + (node.op_type != "Cast")
-    return value if value is not None and value.const_value is not None and layouts else None
+    """Return the constant that layout nodes turn into ``value``, None if it is not stored as panels."""
+    found, nodes = back_to_file(value)
+    operators = {node.op_type for node in nodes}
+    if (
+        found is None
+        or found.const_value is None
+        or not operators - {"Cast"}
+        or operators - _LAYOUT
+    ):
+        return None
+    return found
 
 
 def _epilogue(value: ir.Value) -> _Epilogue:

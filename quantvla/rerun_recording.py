@@ -44,7 +44,7 @@ def write_rerun(trace: Path, output: Path) -> None:
             at(record.tick)
             recording.log("late_ms", rr.Scalars(record.late_ms))
             for entity, action in (("planned", record.planned), ("sent", record.sent)):
-                for joint, value in zip(header.joints, action or (), strict=False):
+                for joint, value in zip(header.joints, action, strict=True) if action else ():
                     recording.log(f"{entity}/{joint}", rr.Scalars(value))
         elif isinstance(record, InferenceRecord):
             at(

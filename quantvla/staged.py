@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from quantvla.families.base import Interface, LoadedPolicy, Stage
-from quantvla.runtime.manifest import Tokenize
 from quantvla.runtime.preprocess import Preprocessor
+from quantvla.runtime.processing_steps import Tokenize
 from quantvla.runtime.sampler import Observer, euler_integrate
 
 Tensors = dict[str, NDArray[Any]]

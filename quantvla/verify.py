@@ -60,11 +60,11 @@ from quantvla.runtime.manifest import (
     MANIFEST_FILE,
     Manifest,
     check_files,
-    command_statistics,
     encode_manifest,
     read_manifest,
 )
 from quantvla.runtime.policy import Policy
+from quantvla.runtime.processing_steps import command_statistics
 from quantvla.runtime.site_formats import read_formats
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 

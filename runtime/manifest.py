@@ -14,41 +14,11 @@ import msgspec
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file
 from quantvla.runtime.processing_steps import (
-    AddState as AddState,
-)
-from quantvla.runtime.processing_steps import (
-    FeatureStatistics as FeatureStatistics,
-)
-from quantvla.runtime.processing_steps import (
-    Images as Images,
-)
-from quantvla.runtime.processing_steps import (
-    Normalize as Normalize,
-)
-from quantvla.runtime.processing_steps import (
+    FeatureStatistics,
     PositiveInt,
+    PostprocessStep,
+    PreprocessStep,
     Strict,
-)
-from quantvla.runtime.processing_steps import (
-    PostprocessStep as PostprocessStep,
-)
-from quantvla.runtime.processing_steps import (
-    PreprocessStep as PreprocessStep,
-)
-from quantvla.runtime.processing_steps import (
-    Prompt as Prompt,
-)
-from quantvla.runtime.processing_steps import (
-    StateText as StateText,
-)
-from quantvla.runtime.processing_steps import (
-    Tokenize as Tokenize,
-)
-from quantvla.runtime.processing_steps import (
-    Unnormalize as Unnormalize,
-)
-from quantvla.runtime.processing_steps import (
-    command_statistics as command_statistics,
 )
 
 SCHEMA_VERSION = 1

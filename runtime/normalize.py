@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import FeatureStatistics
+from quantvla.runtime.processing_steps import FeatureStatistics, Normalization
 
 FloatArray = NDArray[np.float32]
-Mode = Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
 
-_STATISTICS: dict[Mode, tuple[str, str]] = {
+_STATISTICS: dict[Normalization, tuple[str, str]] = {
     "mean_std": ("mean", "std"),
     "min_max": ("min", "max"),
     "quantiles": ("q01", "q99"),
@@ -30,7 +28,7 @@ class Normalizer:
     two ends of the range), (dim,) float32; both None for the identity.
     """
 
-    mode: Mode
+    mode: Normalization
     eps: float
     low: FloatArray | None
     high: FloatArray | None
@@ -63,7 +61,7 @@ class Normalizer:
 
 
 def make_normalizer(
-    key: str, mode: Mode, eps: float, statistics: FeatureStatistics | None
+    key: str, mode: Normalization, eps: float, statistics: FeatureStatistics | None
 ) -> Normalizer:
     """Return the normalizer of feature ``key``.
 
@@ -83,7 +81,9 @@ def make_normalizer(
     return Normalizer(mode, eps, low, high)
 
 
-def _statistic(key: str, mode: Mode, name: str, statistics: FeatureStatistics | None) -> FloatArray:
+def _statistic(
+    key: str, mode: Normalization, name: str, statistics: FeatureStatistics | None
+) -> FloatArray:
     values: tuple[float, ...] | None = getattr(statistics, name, None)
     if values is None:
         raise explain(

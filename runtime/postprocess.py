@@ -10,8 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import AddState, FeatureStatistics, PostprocessStep, Unnormalize
 from quantvla.runtime.normalize import make_normalizer
+from quantvla.runtime.processing_steps import (
+    AddState,
+    FeatureStatistics,
+    PostprocessStep,
+    Unnormalize,
+)
 
 
 class Postprocessor:

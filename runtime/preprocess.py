@@ -16,21 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import (
-    CameraSpec,
-    FeatureStatistics,
-    Images,
-    Normalize,
-    PreprocessStep,
-    Tokenize,
-    VectorSpec,
-)
+from quantvla.runtime.manifest import CameraSpec, VectorSpec
 from quantvla.runtime.normalize import make_normalizer
 from quantvla.runtime.observation import (
     check_no_other_images,
     read_image,
     read_text,
     read_vector,
+)
+from quantvla.runtime.processing_steps import (
+    FeatureStatistics,
+    Images,
+    Normalize,
+    PreprocessStep,
+    Tokenize,
 )
 from quantvla.runtime.resize import fit_plane, fitted_size
 from quantvla.runtime.text import StateWriter, TaskTokenizer, make_prompt

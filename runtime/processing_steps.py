@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
+Normalization = Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+"""Modes of lerobot's NormalizerProcessorStep."""
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -39,7 +41,7 @@ class Normalize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="normal
 
     key: str
     output: str
-    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    mode: Normalization
     eps: float
     pad_to: PositiveInt
 
@@ -51,7 +53,7 @@ class StateText(Strict, frozen=True, kw_only=True):
     """
 
     key: str
-    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    mode: Normalization
     eps: float
     bins: PositiveInt
 
@@ -59,15 +61,12 @@ class StateText(Strict, frozen=True, kw_only=True):
 class Prompt(Strict, frozen=True, kw_only=True):
     """How a sentence becomes the text that is tokenized.
 
-    Stripped where ``strip``, in lower case where ``lower``, without what the regular expression
-    ``drop`` matches, then every pair of ``replace``, in order; last it takes the place of
-    ``{task}`` in ``template``, and the state's numbers, with spaces between, that of ``{state}``.
+    Stripped where ``strip``, then every pair of ``replace``, in order; last it takes the place of ``{task}``
+    in ``template``, and the state's numbers, with spaces between, that of ``{state}``.
     """
 
     template: str = "{task}"
     strip: bool = False
-    lower: bool = False
-    drop: str = ""
     replace: tuple[tuple[str, str], ...] = ()
     state: StateText | None = None
 
@@ -97,7 +96,7 @@ class Unnormalize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="unno
     """Model output (1, horizon, padded) -> (horizon, dim) in physical units, statistics of ``key``."""
 
     key: str
-    mode: Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+    mode: Normalization
     eps: float
     dim: PositiveInt
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import FeatureStatistics, Prompt, StateText, Tokenize
 from quantvla.runtime.normalize import make_normalizer
+from quantvla.runtime.processing_steps import FeatureStatistics, Prompt, StateText, Tokenize
 
 _logger = logging.getLogger(__name__)
 
@@ -20,8 +19,6 @@ _logger = logging.getLogger(__name__)
 def make_prompt(prompt: Prompt, task: str, numbers: str = "") -> str:
     """Return the text that is tokenized; ``numbers`` stands for the state where the prompt has it."""
     text = task.strip() if prompt.strip else task
-    text = text.lower() if prompt.lower else text
-    text = re.sub(prompt.drop, "", text) if prompt.drop else text
     for old, new in prompt.replace:
         text = text.replace(old, new)
     before, _, after = prompt.template.partition("{task}")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from quantvla.runtime.errors import QuantVLAError, explain, nearest
-from quantvla.runtime.manifest import (
+from quantvla.runtime.manifest import Manifest, TensorSpec
+from quantvla.runtime.processing_steps import (
     AddState,
     Images,
-    Manifest,
     Normalize,
     PreprocessStep,
-    TensorSpec,
     Tokenize,
     Unnormalize,
 )

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from quantvla.runtime.manifest import ActionSpec, FeatureStatistics
+from quantvla.runtime.manifest import ActionSpec
+from quantvla.runtime.processing_steps import FeatureStatistics
 
 Array = NDArray[np.float32]
 _TINY = 1e-12

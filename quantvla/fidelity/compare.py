@@ -29,7 +29,7 @@ from quantvla.fidelity.smoothness import Smoothness, chunk_smoothness, pool
 from quantvla.progress import Progress
 from quantvla.runtime.errors import explain
 from quantvla.runtime.machine import physical_cores
-from quantvla.runtime.manifest import command_statistics
+from quantvla.runtime.processing_steps import command_statistics
 
 Array = NDArray[np.float32]
 

@@ -13,15 +13,9 @@ from numpy.typing import NDArray
 
 from quantvla.evaluate.arms import Arm
 from quantvla.runtime.errors import explain
-from quantvla.runtime.manifest import (
-    ActionSpec,
-    CameraSpec,
-    EulerSampler,
-    FeatureStatistics,
-    PostprocessStep,
-    VectorSpec,
-)
+from quantvla.runtime.manifest import ActionSpec, CameraSpec, EulerSampler, VectorSpec
 from quantvla.runtime.policy import Policy
+from quantvla.runtime.processing_steps import FeatureStatistics, PostprocessStep
 from quantvla.runtime.sampler import Observer, euler_integrate
 
 Array = NDArray[np.float32]

@@ -84,7 +84,7 @@ class Cascade:
         self.counts.chunks += 1
         tensors = self._cheap.policy.prepare(obs)
         chunks = self._sample(tensors, noise, seed, prefix)
-        self.answer = self._decide(chunks, start_s)
+        self.answer = self._decide(chunks, tensors, start_s)
         if self.answer != "better":
             self.counts.no_time += self.answer == "no time"
             return chunks[0]
@@ -116,8 +116,10 @@ class Cascade:
         ]
         return [first, *others]
 
-    def _decide(self, chunks: Sequence[FloatArray], start_s: float) -> Answer:
-        if spread(self._cheap.policy, chunks, self._rows) <= self._threshold:
+    def _decide(
+        self, chunks: Sequence[FloatArray], tensors: dict[str, NDArray[Any]], start_s: float
+    ) -> Answer:
+        if spread(self._cheap.policy, chunks, self._rows, tensors) <= self._threshold:
             return "cheap"
         return "better" if self._has_time(start_s) else "no time"
 
@@ -130,10 +132,14 @@ class Cascade:
         return time.perf_counter() - start_s + expected_s <= self._budget_s
 
 
-def spread(policy: Policy, chunks: Sequence[FloatArray], rows: int) -> float:
-    """Return how far chunks of one observation lie apart: the RMS deviation from their mean over the
+def spread(
+    policy: Policy, chunks: Sequence[FloatArray], rows: int, tensors: dict[str, NDArray[Any]]
+) -> float:
+    """Return how far chunks of one observation (as prepared: ``tensors``) lie apart: the RMS deviation from their mean over the
     first ``rows`` rows, in normalized units, so that every action dimension counts alike."""
-    normalized = np.stack([policy.postprocessor.normalize(chunk[:rows]) for chunk in chunks])
+    normalized = np.stack(
+        [policy.postprocessor.normalize(chunk[:rows], tensors) for chunk in chunks]
+    )
     return float(np.sqrt(np.mean(np.var(normalized, axis=0, ddof=1))))
 
 
@@ -148,7 +154,7 @@ def calibrate_threshold(
         tensors = level.policy.prepare(obs)
         seeds = [index + k * _SEED_STEP for k in range(samples)]
         chunks = [level.policy.sample_chunk(tensors, seed=s, steps=level.steps) for s in seeds]
-        found.append(spread(level.policy, chunks, rows))
+        found.append(spread(level.policy, chunks, rows, tensors))
     if not found:
         raise explain("cascade", "no observation to calibrate on", remedy="give a set with frames")
     return float(np.quantile(found, 1.0 - share))

@@ -12,12 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain, nearest
-from quantvla.runtime.manifest import (
-    ActionSpec,
-    FeatureStatistics,
-    Manifest,
-    command_statistics,
-)
+from quantvla.runtime.manifest import ActionSpec, Manifest
+from quantvla.runtime.processing_steps import FeatureStatistics, command_statistics
 
 Vector = NDArray[np.float64]
 Positive = Annotated[float, msgspec.Meta(gt=0)]

@@ -12,7 +12,8 @@ from quantvla.fidelity.action_error import (
     gripper_flips,
     velocity_error,
 )
-from quantvla.runtime.manifest import ActionSpec, FeatureStatistics
+from quantvla.runtime.manifest import ActionSpec
+from quantvla.runtime.processing_steps import FeatureStatistics
 
 ACTION = ActionSpec(horizon=8, execute=4, dim=3)
 

@@ -10,8 +10,9 @@ import pytest
 from tiny_engine import CAMERAS, HEIGHT, WIDTH, make_manifest, observation
 
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import Images, VectorSpec
+from quantvla.runtime.manifest import VectorSpec
 from quantvla.runtime.preprocess import Preprocessor
+from quantvla.runtime.processing_steps import Images
 
 FRONT = CAMERAS[0]
 IMAGE = np.zeros((HEIGHT, WIDTH, 3), np.uint8)

@@ -62,9 +62,9 @@ def test_two_engines_are_two_levels(policy: Policy, engine: Path) -> None:
 
 def test_spread_is_that_of_the_noise_in_normalized_units(policy: Policy) -> None:
     chunk = policy.predict_action_chunk(observation(), seed=0)
-    assert spread(policy, [chunk, chunk, chunk], ROWS) == pytest.approx(0.0, abs=1e-6)
+    assert spread(policy, [chunk, chunk, chunk], ROWS, {}) == pytest.approx(0.0, abs=1e-6)
     apart = [chunk, chunk + np.float32([2.0, 0.1])]  # one deviation of either action
-    assert spread(policy, apart, ROWS) == pytest.approx(np.sqrt(0.5), rel=1e-3)
+    assert spread(policy, apart, ROWS, {}) == pytest.approx(np.sqrt(0.5), rel=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])

@@ -20,7 +20,8 @@ from quantvla.runtime.control.limits import (
 )
 from quantvla.runtime.control.urdf import read_urdf
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import ActionSpec, FeatureStatistics, VectorSpec
+from quantvla.runtime.manifest import ActionSpec, VectorSpec
+from quantvla.runtime.processing_steps import FeatureStatistics
 
 ROOT = Path(__file__).parents[2]
 ACTION = ActionSpec(horizon=4, execute=3, dim=2, names=("pan.pos", "lift.pos"))

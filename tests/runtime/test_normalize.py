@@ -9,8 +9,8 @@ from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.processor import NormalizerProcessorStep, TransitionKey, UnnormalizerProcessorStep
 
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import FeatureStatistics
-from quantvla.runtime.normalize import Mode, make_normalizer
+from quantvla.runtime.normalize import make_normalizer
+from quantvla.runtime.processing_steps import FeatureStatistics, Normalization
 
 EPS = 1e-8
 KEY = "observation.state"
@@ -24,7 +24,7 @@ STATISTICS = {
     "q10": [-0.5, -4.0, 20.0, 2.0],
     "q90": [0.6, 4.5, 150.0, 2.5],
 }
-MODES: list[Mode] = ["identity", "mean_std", "min_max", "quantiles", "quantile10"]
+MODES: list[Normalization] = ["identity", "mean_std", "min_max", "quantiles", "quantile10"]
 
 
 def _statistics() -> FeatureStatistics:
@@ -32,7 +32,7 @@ def _statistics() -> FeatureStatistics:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_normalize_equals_lerobot(mode: Mode) -> None:
+def test_normalize_equals_lerobot(mode: Normalization) -> None:
     step = NormalizerProcessorStep(
         features={KEY: PolicyFeature(type=FeatureType.STATE, shape=(4,))},
         norm_map={FeatureType.STATE: NormalizationMode(mode.upper())},
@@ -50,7 +50,7 @@ def test_normalize_equals_lerobot(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_unnormalize_equals_lerobot(mode: Mode) -> None:
+def test_unnormalize_equals_lerobot(mode: Normalization) -> None:
     step = UnnormalizerProcessorStep(
         features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(4,))},
         norm_map={FeatureType.ACTION: NormalizationMode(mode.upper())},
@@ -65,7 +65,7 @@ def test_unnormalize_equals_lerobot(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_round_trip(mode: Mode) -> None:
+def test_round_trip(mode: Normalization) -> None:
     statistics = FeatureStatistics(
         **{name: tuple(values[:3]) for name, values in STATISTICS.items()}
     )

@@ -17,8 +17,8 @@ from tiny_engine import (
 )
 
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import FeatureStatistics
 from quantvla.runtime.policy import Policy
+from quantvla.runtime.processing_steps import FeatureStatistics
 
 
 def _noise(seed: int = 3) -> np.ndarray:

@@ -18,16 +18,16 @@ from tiny_engine import CAMERAS, HEIGHT, WIDTH, make_manifest, observation, writ
 from transformers import PreTrainedTokenizerFast
 
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import (
+from quantvla.runtime.manifest import VectorSpec
+from quantvla.runtime.postprocess import Postprocessor
+from quantvla.runtime.preprocess import Preprocessor
+from quantvla.runtime.processing_steps import (
     FeatureStatistics,
     Images,
     Normalize,
     Tokenize,
     Unnormalize,
-    VectorSpec,
 )
-from quantvla.runtime.postprocess import Postprocessor
-from quantvla.runtime.preprocess import Preprocessor
 
 STATISTICS = {
     "observation.state": FeatureStatistics(mean=(0.5, -1.0, 2.0), std=(1.0, 2.0, 0.5)),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import Tokenize
+from quantvla.runtime.processing_steps import Tokenize
 from quantvla.runtime.text import TaskTokenizer
 
 TEXTS = [

@@ -7,7 +7,7 @@ import pytest
 from tiny_engine import make_manifest
 
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.runtime.manifest import Images
+from quantvla.runtime.processing_steps import Images
 from quantvla.runtime.wiring import check_wiring
 
 replace = msgspec.structs.replace

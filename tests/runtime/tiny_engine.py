@@ -23,18 +23,20 @@ from quantvla.runtime.manifest import (
     ActionSpec,
     CameraSpec,
     EulerSampler,
-    FeatureStatistics,
-    Images,
     Manifest,
-    Normalize,
     Source,
     StageSpec,
     TensorSpec,
-    Tokenize,
-    Unnormalize,
     VectorSpec,
     encode_manifest,
     read_manifest,
+)
+from quantvla.runtime.processing_steps import (
+    FeatureStatistics,
+    Images,
+    Normalize,
+    Tokenize,
+    Unnormalize,
 )
 
 RATE = 0.5
