@@ -36,6 +36,7 @@ from quantvla.runtime.manifest import (
     encode_manifest,
 )
 from quantvla.runtime.wiring import check_wiring
+from quantvla.schedule import Schedule
 from quantvla.versions import compiler_versions
 
 Lowering = Callable[[str, QuantizedLinear], nn.Module]
@@ -54,19 +55,20 @@ def export_engine(
     overwrite: bool = False,
     guidance: bool = False,
     own_kernels: bool = True,
+    schedule: Schedule | None = None,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Manifest:
     """Write the engine of a checkpoint for ``target`` to ``output``, whole or not at all.
 
     A LeRobot checkpoint gives the float engine, a quantized checkpoint the integer one.
     ``guidance`` adds the graph for guided real-time chunking. Without ``own_kernels`` there are only
-    graphs of the engine library's operators.
+    graphs of the engine library's operators. The engine denoises at the times of ``schedule``, if given.
     """
     if target not in TARGETS:
         raise explain(f"target {target!r}", "unknown", remedy=nearest(target, TARGETS))
     if output.exists() and not overwrite:
         raise explain(output, "already exists", remedy="choose another output or pass --overwrite")
-    source = load_source(checkpoint)
+    source = load_source(checkpoint, schedule)
     with atomic_directory(output, overwrite=overwrite) as directory:
         loaded = source.loaded
         context = loaded.stage(loaded.interface.sampler.stage).inputs if guidance else ()

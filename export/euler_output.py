@@ -18,6 +18,7 @@ def add_next_state_(model: ir.Model, sampler: EulerSampler) -> None:
     graph = model.graph
     state = next(value for value in graph.inputs if value.name == sampler.state)
     velocity = next(value for value in graph.outputs if value.name == sampler.velocity)
+    assert isinstance(sampler.step, float), "GPU engines have equal steps"
     step = np.array(sampler.step, np.float32)
     constant = ir.Value(
         name="sampler.step", shape=ir.Shape(()), type=ir.TensorType(ir.DataType.FLOAT),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantvla.checkpoint import is_quantized, load_quantized
@@ -11,6 +11,7 @@ from quantvla.families.base import LoadedPolicy
 from quantvla.plan import Plan
 from quantvla.runtime.files import sha256_tree
 from quantvla.runtime.manifest import Source
+from quantvla.schedule import Schedule, scheduled
 
 FLOAT_RECIPE = "float"
 
@@ -25,8 +26,19 @@ class SourcePolicy:
     origin: Source
 
 
-def load_source(checkpoint: Path) -> SourcePolicy:
-    """Load a LeRobot checkpoint (float) or a quantized one (integer linears in place)."""
+def load_source(checkpoint: Path, schedule: Schedule | None = None) -> SourcePolicy:
+    """Load a LeRobot checkpoint (float) or a quantized one (integer linears in place).
+
+    With ``schedule`` the policy denoises at its times.
+    """
+    source = _load(checkpoint)
+    if schedule is None:
+        return source
+    loaded = scheduled(source.loaded, source.origin.checkpoint_sha256, schedule)
+    return replace(source, loaded=loaded)
+
+
+def _load(checkpoint: Path) -> SourcePolicy:
     if is_quantized(checkpoint):
         loaded, card = load_quantized(checkpoint)
         origin = Source(

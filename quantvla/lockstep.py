@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantvla.calib_sets import CalibrationSet
 from quantvla.calibrate import frame_noise
-from quantvla.families.base import LoadedPolicy, Stage, replaced
+from quantvla.families.base import LoadedPolicy, replaced
 from quantvla.float_weights import FloatWeights
 from quantvla.passes.base import WeightStore
 from quantvla.progress import Progress
@@ -31,6 +31,7 @@ from quantvla.staged import (
     run_context,
     run_stage,
     sample,
+    stacked,
     without_padding,
 )
 
@@ -117,7 +118,7 @@ class Lockstep:
             {**known, sampler.state: x, sampler.time: np.array([time], np.float32)}
             for x, time in zip(frame.states, sampler.timesteps, strict=False)
         ]
-        yield from _stacked(self._loaded.stage(stage), calls)
+        yield from stacked(self._loaded.stage(stage), calls)
 
     def _ready_frames(self, what: str) -> list[_Frame]:
         """Return all frames with the teacher's context and states, computed once per state of the weights."""
@@ -185,19 +186,6 @@ class Lockstep:
         modules: dict[str, nn.Module] = {site: self._simulated[site] for site in finished}
         with replaced(self._loaded.policy, modules):
             yield
-
-
-def _stacked(stage: Stage, calls: list[Tensors]) -> list[Tensors]:
-    """Return the calls as one along the stage's batch axes, if it has them."""
-    if not stage.batch_axes:
-        return calls
-    names = [spec.name for spec in stage.inputs]
-    return [
-        {
-            name: np.concatenate([call[name] for call in calls], axis)
-            for name, axis in zip(names, stage.batch_axes, strict=True)
-        }
-    ]
 
 
 def _keep_state(states: list[NDArray[np.float32]], x: NDArray[np.float32], _v: object) -> None:

@@ -90,6 +90,19 @@ def sample(
     )
 
 
+def stacked(stage: Stage, calls: list[Tensors]) -> list[Tensors]:
+    """Return the calls as one along the stage's batch axes, if it has them."""
+    if not stage.batch_axes:
+        return calls
+    names = [spec.name for spec in stage.inputs]
+    return [
+        {
+            name: np.concatenate([call[name] for call in calls], axis)
+            for name, axis in zip(names, stage.batch_axes, strict=True)
+        }
+    ]
+
+
 def without_padding(loaded: LoadedPolicy, tensors: Mapping[str, NDArray[Any]]) -> Tensors:
     """Cut padded prompt positions off, so that they do not count in statistics.
 

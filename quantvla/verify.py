@@ -67,6 +67,7 @@ from quantvla.runtime.policy import Policy
 from quantvla.runtime.processing_steps import command_statistics
 from quantvla.runtime.site_formats import read_formats
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
+from quantvla.schedule import resampled
 
 Array = NDArray[np.float32]
 
@@ -134,6 +135,8 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     ``failed``: the parts beyond their thresholds (``parity``, ``kernel``, ``kernel chunks``,
     ``quantization``). ``chunk_limits_kept``: which of ``kernel_share`` and ``kernel`` whole chunks
     keep, one is enough; null where chunks were not compared or the engine has no integers.
+    ``schedule_nrmse``: relative error of the float policy at the engine's times of denoising against its
+    own; null where they are the same. Engine and reference then both run at the engine's.
     """
 
     passed: bool = msgspec.field(name="pass")
@@ -149,6 +152,7 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     integer_sites: int
     integer_bytes: int
     half_bytes: int
+    schedule_nrmse: float | None
 
 
 def verify(
@@ -178,7 +182,9 @@ def verify(
         policy = stack.enter_context(Policy.from_pretrained(runs))
         check_robot(heldout.robot, manifest.cameras, manifest.state, where=heldout.card.name)
         integers = list(integer_sites(engine, manifest))
-        if not integers and not on_gpu:
+        loaded = load_policy(checkpoint)
+        own_times = manifest.sampler.timesteps == loaded.interface.sampler.timesteps
+        if not integers and not on_gpu and own_times:
             float_engine = engine
         elif float_engine is None:
             float_engine = Path(stack.enter_context(TemporaryDirectory())) / "float"
@@ -186,17 +192,22 @@ def verify(
         frames = [frame.observation for frame in heldout]
         noises = [frame_noise(seed, i, manifest.sampler.noise_shape) for i in range(len(frames))]
         ours = engine_trajectories(policy, frames, noises, "engine", progress)
-        reference = FloatPolicy(load_policy(checkpoint))
-        exact = _lerobot_chunks(reference, frames, noises, progress)
+        exact = _lerobot_chunks(FloatPolicy(loaded), frames, noises, progress)
         parity = MaxError(_max_abs(_float_chunks(float_engine, frames, noises, progress), exact))
-        floats = staged_trajectories(reference.loaded, frames, noises, "float policy", progress)
+        reference = resampled(loaded, manifest.sampler)
+        floats = staged_trajectories(reference, frames, noises, "float policy", progress)
+        schedule_nrmse = None
+        if not own_times:
+            found = np.stack([t.chunk for t in floats])
+            schedule_nrmse = relative_rms(found, np.stack(exact), axes=(0, 1, 2))[0]
+            exact = [t.chunk for t in floats]
         teacher = engine_velocities(policy, frames, floats, "engine, teacher-forced", progress)
         integer = None
         if not on_gpu and (quantized is not None or not integers):
             same = (
-                reference.loaded
+                reference
                 if quantized is None
-                else _same_integers(engine, quantized, integers)
+                else resampled(_same_integers(engine, quantized, integers), manifest.sampler)
             )
             integer = staged_trajectories(same, frames, noises, "integer reference", progress)
         kernels = kernel_errors(engine, policy, integers, frames, ours, progress)
@@ -209,13 +220,13 @@ def verify(
         if on_gpu
         else _kernel_error(ours, integer, kernels, quantization)
     )
-    memory = _target_memory(engine, reference.loaded) if on_gpu else _memory(integers)
+    memory = _target_memory(engine, loaded) if on_gpu else _memory(integers)
     failed = _failed(parity, kernel, quantization, thresholds)
     return VerifyReport(
         passed=not failed, failed=failed, chunk_limits_kept=kernel.chunk_limits_kept(thresholds),
         parity=parity, kernel=kernel, quantization=quantization, thresholds=thresholds,
         frames=len(frames), set=heldout.card.name, seed=seed, integer_sites=memory[0],
-        integer_bytes=memory[1], half_bytes=memory[2],
+        integer_bytes=memory[1], half_bytes=memory[2], schedule_nrmse=schedule_nrmse,
     )  # fmt: skip
 
 

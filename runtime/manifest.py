@@ -51,6 +51,7 @@ class StageSpec(Strict, frozen=True, kw_only=True):
 class EulerSampler(Strict, frozen=True, kw_only=True, tag_field="kind", tag="euler"):
     """Forward Euler: ``x <- x + step * velocity(x, t)`` for each ``t`` in ``timesteps``.
 
+    ``step`` is one size for all, or one for each time (a schedule fitted by `quantvla schedule`).
     ``state``, ``time`` and ``velocity`` name the tensors of the repeated stage ``stage``;
     noise is standard normal of ``noise_shape`` (1, horizon, padded action dimension).
     ``only_own_times``: the stage knows ``timesteps`` and no other time, because what depends on the
@@ -62,9 +63,16 @@ class EulerSampler(Strict, frozen=True, kw_only=True, tag_field="kind", tag="eul
     time: str
     velocity: str
     timesteps: tuple[float, ...]
-    step: float
+    step: float | tuple[float, ...]
     noise_shape: tuple[int, ...]
     only_own_times: bool = False
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """The step from each time to the next, negative from noise to actions."""
+        if isinstance(self.step, tuple):
+            return self.step
+        return (self.step,) * len(self.timesteps)
 
 
 class GuidanceSpec(Strict, frozen=True, kw_only=True):

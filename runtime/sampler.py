@@ -13,8 +13,9 @@ from quantvla.runtime.manifest import EulerSampler
 
 FloatArray = NDArray[np.float32]
 Velocity = Callable[[FloatArray, float], FloatArray]
-_SAME_TIME = 1e-5  # two times closer than this are one, computed in another order
 Observer = Callable[[FloatArray, FloatArray], None]
+SAME_TIME = 1e-5
+"""Two times closer than this are one, computed in another order."""
 
 
 def standard_noise(generator: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
@@ -26,21 +27,22 @@ def euler_integrate(
     velocity: Velocity,
     noise: FloatArray,
     timesteps: Sequence[float],
-    step: float,
+    step: float | Sequence[float],
     observe: Observer | None = None,
 ) -> FloatArray:
     """Return x after ``x <- x + step * velocity(x, t)`` for each t, in float32.
 
-    noise: (1, horizon, padded action dimension) -> the same shape. The same arithmetic, in the
-    same order, as lerobot's ``euler_integrate``. ``observe(x, v)`` sees every step's x and velocity.
+    noise: (1, horizon, padded action dimension) -> the same shape. ``step``: one for all, or one a
+    time. The same arithmetic, in the same order, as lerobot's ``euler_integrate``. ``observe(x, v)``
+    sees every step's x and velocity.
     """
     x = noise
-    dt = np.float32(step)
-    for t in timesteps:
+    steps = step if isinstance(step, Sequence) else [step] * len(timesteps)
+    for t, dt in zip(timesteps, steps, strict=True):
         v = velocity(x, t)
         if observe is not None:
             observe(x, v)
-        x = x + dt * v
+        x = x + np.float32(dt) * v
     return x
 
 
@@ -58,22 +60,40 @@ def with_steps(sampler: EulerSampler, steps: int) -> EulerSampler:
             got=steps,
             remedy="choose a number in that range",
         )
-    step = sampler.step * own / steps
-    timesteps = tuple(sampler.timesteps[0] + index * step for index in range(steps))
-    if sampler.only_own_times:
-        for t in timesteps:
-            check_time(sampler, t)
-    return msgspec.structs.replace(sampler, timesteps=timesteps, step=step)
+    if steps == own:
+        return sampler
+    found = _equal_steps(sampler, steps)
+    for t in found.timesteps:
+        check_time(sampler, t)
+    return found
 
 
 def check_time(sampler: EulerSampler, t: float) -> None:
     """Raise `QuantVLAError` for a time that a stage with tables for its own times was not made for."""
-    if sampler.only_own_times and min(abs(t - own) for own in sampler.timesteps) > _SAME_TIME:
-        own = len(sampler.timesteps)
-        steps = [number for number in range(1, own) if own % number == 0]
-        raise explain(
-            "denoise time",
-            f"expected one of the {own} that this engine has tables for",
-            got=f"{t:g}",
-            remedy=f"use {' or '.join(map(str, [*steps, own]))} steps",
-        )
+    if _knows(sampler, t):
+        return
+    own = len(sampler.timesteps)
+    steps = [
+        n
+        for n in range(1, own)
+        if all(_knows(sampler, t) for t in _equal_steps(sampler, n).timesteps)
+    ]
+    raise explain(
+        "denoise time",
+        f"expected one of the {own} that this engine has tables for",
+        got=f"{t:g}",
+        remedy=f"use {' or '.join(map(str, [*steps, own]))} steps",
+    )
+
+
+def _knows(sampler: EulerSampler, t: float) -> bool:
+    own = sampler.timesteps
+    return not sampler.only_own_times or min(abs(t - known) for known in own) <= SAME_TIME
+
+
+def _equal_steps(sampler: EulerSampler, steps: int) -> EulerSampler:
+    step = sum(sampler.sizes) / steps
+    if not isinstance(sampler.step, tuple):  # the same bits as ever, without the rounding of a sum
+        step = sampler.step * len(sampler.timesteps) / steps
+    timesteps = tuple(sampler.timesteps[0] + index * step for index in range(steps))
+    return msgspec.structs.replace(sampler, timesteps=timesteps, step=step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from quantvla.runtime.errors import QuantVLAError, explain, nearest
-from quantvla.runtime.manifest import Manifest, TensorSpec
+from quantvla.runtime.manifest import EulerSampler, Manifest, TensorSpec
 from quantvla.runtime.processing_steps import (
     AddState,
     Images,
@@ -14,6 +14,7 @@ from quantvla.runtime.processing_steps import (
     Tokenize,
     Unnormalize,
 )
+from quantvla.runtime.sampler import SAME_TIME
 
 _REMEDY = "export the engine again"
 
@@ -146,6 +147,7 @@ def _check_sampler(manifest: Manifest) -> None:
     for stage, repeat in [*((stage, 1) for stage in once), (repeated, len(sampler.timesteps))]:
         if stage.repeat != repeat:
             raise _error(f"stage {stage.name!r}", f"expected repeat {repeat}", got=stage.repeat)
+    _check_times(sampler)
     velocity = TensorSpec(name=sampler.velocity, dtype="float32", shape=sampler.noise_shape)
     if velocity not in repeated.outputs:
         raise _error(
@@ -153,6 +155,19 @@ def _check_sampler(manifest: Manifest) -> None:
             f"expected an output {velocity.name!r} float32 {list(velocity.shape)}",
             got=[f"{o.name} {o.dtype} {list(o.shape)}" for o in repeated.outputs],
         )
+
+
+def _check_times(sampler: EulerSampler) -> None:
+    """Raise `QuantVLAError` unless every step leads from its time to the next, all in one direction."""
+    times, sizes = sampler.timesteps, sampler.sizes
+    if len(sizes) != len(times):
+        raise _error("sampler", f"expected {len(times)} step sizes", got=len(sizes))
+    leads = all(
+        abs(t + size - after) <= SAME_TIME
+        for t, size, after in zip(times[:-1], sizes[:-1], times[1:], strict=True)
+    )
+    if not leads or len({size > 0 for size in sizes}) != 1 or 0 in sizes:
+        raise _error("sampler", "steps must lead from each time to the next", got=list(times))
 
 
 def _check_action(manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from quantvla.export.rewrite_report import REWRITES_FILE, read_rewrites
 from quantvla.runtime.errors import explain
 from quantvla.runtime.site_formats import SiteFormat
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
+from quantvla.schedule import read_schedule
 
 
 @click.command()
@@ -38,12 +39,15 @@ from quantvla.runtime.targets import TARGETS as GPU_TARGETS
     show_default=True,
     help="GPU targets: calibration frames for input scales, at most.",
 )
+@click.option(
+    "--schedule", type=options.DIRECTORY, help="Times of the denoise steps, from `quantvla schedule` (target cpu).",
+)  # fmt: skip
 @options.seed
 @options.output
 @options.overwrite
 def export(
     checkpoint: Path, target: str, guidance: bool, board: str | None, activations: str, precision: str,
-    calib: Path | None, frames: int, seed: int, output: Path, overwrite: bool,
+    calib: Path | None, frames: int, schedule: Path | None, seed: int, output: Path, overwrite: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT as an engine: a quantized one, or a LeRobot one for the float engine."""
     changed: tuple[SiteFormat, ...] = ()
@@ -51,6 +55,10 @@ def export(
         if target in GPU_TARGETS and guidance:
             raise explain(
                 f"target {target}", "has no guidance graph", remedy="leave --guidance out; guidance 'prefix' and 'forward' need none",
+            )  # fmt: skip
+        if target in GPU_TARGETS and schedule:
+            raise explain(
+                f"target {target}", "has the policy's own equal steps in its graphs", remedy="leave --schedule out",
             )  # fmt: skip
         if target in GPU_TARGETS:
             chosen = GpuOptions(target, board, activations, precision)
@@ -65,6 +73,7 @@ def export(
                 output,
                 overwrite=overwrite,
                 guidance=guidance,
+                schedule=None if schedule is None else read_schedule(schedule),
                 progress=progress,
             )
     size = sum(path.stat().st_size for path in output.iterdir())

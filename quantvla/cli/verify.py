@@ -146,6 +146,12 @@ def _print(report: verification.VerifyReport) -> None:
         " ".join(f"{v:.1%}" for v in error.velocity_free_running),
         "",
     )
+    if report.schedule_nrmse is not None:
+        table.add_row(
+            "schedule: float policy at the engine's times against its own",
+            f"{report.schedule_nrmse:.3%}",
+            "",
+        )
     if report.integer_sites:
         saved = 1 - report.integer_bytes / report.half_bytes
         table.add_row(

@@ -40,6 +40,7 @@ LAYERS = {
         "quantvla.progress",
         "quantvla.quantized_linear",
         "quantvla.quantizer",
+        "quantvla.schedule",
         "quantvla.schemes",
         "quantvla.versions",
     ),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from lerobot.policies.common.flow_matching import euler_integrate as lerobot_eul
 
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.manifest import EulerSampler
-from quantvla.runtime.sampler import euler_integrate, with_steps
+from quantvla.runtime.sampler import check_time, euler_integrate, with_steps
 
 STEPS = 10
 TIMESTEPS = tuple(1.0 + k * (-1.0 / STEPS) for k in range(STEPS))
@@ -57,3 +58,28 @@ def test_fewer_steps_cover_the_same_time() -> None:
     for steps in (0, STEPS + 1):
         with pytest.raises(QuantVLAError, match=f"denoise steps: expected 1 to 10, .* got {steps}"):
             with_steps(SAMPLER, steps)
+
+
+FITTED = msgspec.structs.replace(SAMPLER, timesteps=(1.0, 0.5, 0.2), step=(-0.5, -0.3, -0.2))
+
+
+def test_steps_of_different_sizes() -> None:
+    noise = np.ones((1, 2, 3), np.float32)
+    found = euler_integrate(lambda x, t: x, noise, FITTED.timesteps, FITTED.step)
+    np.testing.assert_allclose(found, 0.5 * 0.7 * 0.8, rtol=1e-6)
+    assert with_steps(FITTED, 3) == FITTED
+    assert with_steps(FITTED, 2).timesteps == (1.0, 0.5)
+    with pytest.raises(ValueError, match="zip"):
+        euler_integrate(lambda x, t: x, noise, FITTED.timesteps, (-0.5, -0.5))
+
+
+def test_tables_know_the_times_of_their_schedule_only() -> None:
+    tabulated = msgspec.structs.replace(FITTED, only_own_times=True)
+    check_time(tabulated, 0.2)
+    with pytest.raises(
+        QuantVLAError, match=r"one of the 3 .* tables for, got 0\.3; use 1 or 2 or 3 steps"
+    ):
+        check_time(tabulated, 0.3)
+    uneven = msgspec.structs.replace(tabulated, timesteps=(1.0, 0.6, 0.2), step=(-0.4, -0.4, -0.2))
+    with pytest.raises(QuantVLAError, match=r"got 0\.5; use 1 or 3 steps"):
+        with_steps(uneven, 2)

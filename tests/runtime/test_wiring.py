@@ -52,6 +52,18 @@ def test_wiring_of_a_sound_manifest() -> None:
             {"sampler": replace(SAMPLER, noise_shape=(1, 9, 6))},
             r"expected noise of shape \[1, 4, at least 2\], got \[1, 9, 6\]",
         ),
+        (
+            {"sampler": replace(SAMPLER, step=(-0.5, -0.5))},
+            "sampler: expected 10 step sizes, got 2",
+        ),
+        (
+            {"sampler": replace(SAMPLER, step=(-0.2, *(-0.1,) * 9))},
+            "sampler: steps must lead from each time to the next",
+        ),
+        (
+            {"sampler": replace(SAMPLER, step=(*(-0.1,) * 9, 0.1))},
+            "sampler: steps must lead from each time to the next",
+        ),
         ({"action": replace(BASE.action, execute=5)}, "cannot execute more than 4, got 5"),
         ({"action": replace(BASE.action, dim=3)}, "postprocessing: expected dim 3, got 2"),
         ({"action": replace(BASE.action, names=("x",))}, "action: expected 2 names, got 1"),
