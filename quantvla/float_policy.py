@@ -54,9 +54,8 @@ class FloatPolicy:
     ) -> NDArray[np.float32]:
         """Return the chunk before unnormalization: (horizon, action dim) float32."""
         batch = self._before(self._batch(obs))
-        policy: Any = self.loaded.policy
         with torch.inference_mode():
-            chunk = policy.predict_action_chunk(batch, noise=torch.from_numpy(noise))
+            chunk = self.loaded.predict_chunk(self.loaded.policy, batch, torch.from_numpy(noise))
         return np.asarray(chunk[0].numpy(), np.float32)
 
     def predict_action_chunk(

@@ -43,9 +43,9 @@ class EquivalenceCheck:
         self._expected = self._chunks()
 
     def _chunks(self) -> NDArray[np.float64]:
-        dim = self._loaded.interface.action.dim
+        action = self._loaded.interface.action
         chunks = [
-            sample(self._loaded, run_context(self._loaded, tensors), noise)[0, :, :dim].reshape(-1)
+            action.of(sample(self._loaded, run_context(self._loaded, tensors), noise)).reshape(-1)
             for tensors, noise in zip(self._inputs, self._noise, strict=True)
         ]
         return np.stack(chunks).astype(np.float64)

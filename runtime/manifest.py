@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file
@@ -113,6 +115,10 @@ class ActionSpec(Strict, frozen=True, kw_only=True):
     execute: PositiveInt
     dim: PositiveInt
     names: tuple[str, ...] = ()
+
+    def of(self, chunk: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the actions (horizon, dim) in the model's padded ``chunk`` (1, its horizon, padded)."""
+        return chunk[0, : self.horizon, : self.dim]
 
 
 class Source(Strict, frozen=True, kw_only=True):

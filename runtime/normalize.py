@@ -25,13 +25,15 @@ class Normalizer:
     """Maps a feature between physical and normalized units.
 
     ``low`` and ``high`` are the two statistics of the mode (mean and standard deviation, or the
-    two ends of the range), (dim,) float32; both None for the identity.
+    two ends of the range), (dim,) float32; both None for the identity. With
+    ``flat_to_zero`` an entry whose range is empty is 0 when normalized.
     """
 
     mode: Normalization
     eps: float
     low: FloatArray | None
     high: FloatArray | None
+    flat_to_zero: bool = False
 
     @property
     def dim(self) -> int | None:
@@ -44,7 +46,10 @@ class Normalizer:
             return x
         if self.mode == "mean_std":
             return (x - self.low) / (self.high + np.float32(self.eps))
-        return np.float32(2) * (x - self.low) / self._range() - np.float32(1)
+        mapped = np.float32(2) * (x - self.low) / self._range() - np.float32(1)
+        return (
+            np.where(self.high == self.low, np.float32(0), mapped) if self.flat_to_zero else mapped
+        )
 
     def unnormalize(self, x: FloatArray) -> FloatArray:
         """x: (..., dim) normalized -> (..., dim) physical."""
@@ -61,7 +66,12 @@ class Normalizer:
 
 
 def make_normalizer(
-    key: str, mode: Normalization, eps: float, statistics: FeatureStatistics | None
+    key: str,
+    mode: Normalization,
+    eps: float,
+    statistics: FeatureStatistics | None,
+    *,
+    flat_to_zero: bool = False,
 ) -> Normalizer:
     """Return the normalizer of feature ``key``.
 
@@ -78,7 +88,7 @@ def make_normalizer(
             got=f"{low.size} and {high.size}",
             remedy="export the engine again",
         )
-    return Normalizer(mode, eps, low, high)
+    return Normalizer(mode, eps, low, high, flat_to_zero)
 
 
 def _statistic(

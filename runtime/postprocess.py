@@ -39,7 +39,7 @@ class Postprocessor:
                 remedy="export the engine again",
             )
         self._added = rest
-        self._dim = step.dim
+        self._dim, self._horizon, self._clip = step.dim, step.horizon, step.clip
         self._normalizer = make_normalizer(step.key, step.mode, step.eps, statistics.get(step.key))
         if self._normalizer.dim not in (None, step.dim):
             raise explain(
@@ -55,7 +55,10 @@ class Postprocessor:
         tensors: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> NDArray[np.float32]:
         """output: (1, horizon, padded) normalized -> (horizon, dim) float32, physical units."""
-        actions = self._normalizer.unnormalize(output[0, :, : self._dim])
+        kept = output[0, : self._horizon, : self._dim]
+        if self._clip:
+            kept = kept.clip(-1, 1)
+        actions = self._normalizer.unnormalize(kept)
         return actions + self._origin(tensors) if self._added else actions
 
     def normalize(

@@ -6,7 +6,6 @@ tokenizer for calibration, verification and the robot.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantvla.runtime.errors import explain
+from quantvla.runtime.images import make_image_runner
 from quantvla.runtime.manifest import CameraSpec, VectorSpec
 from quantvla.runtime.normalize import make_normalizer
 from quantvla.runtime.observation import (
     check_no_other_images,
-    read_image,
     read_text,
     read_vector,
 )
@@ -29,15 +28,13 @@ from quantvla.runtime.processing_steps import (
     Images,
     Normalize,
     PreprocessStep,
+    ResampledImages,
     Tokenize,
 )
-from quantvla.runtime.resize import fit_plane, fitted_size
 from quantvla.runtime.text import StateWriter, TaskTokenizer, make_prompt
 
 Observation = Mapping[str, object]
 Tensors = dict[str, NDArray[Any]]
-
-_logger = logging.getLogger(__name__)
 
 
 class Preprocessor:
@@ -67,9 +64,9 @@ class Preprocessor:
         self._runners: list[Callable[[Observation], Tensors]] = []
         keys: set[str] = set()
         for step in steps:
-            if isinstance(step, Images):
+            if isinstance(step, Images | ResampledImages):
                 keys.update(step.keys)
-                self._runners.append(_ImageRunner(step, cameras))
+                self._runners.append(make_image_runner(step, cameras))
             elif isinstance(step, Normalize):
                 keys.add(step.key)
                 self._runners.append(_VectorRunner(step, statistics, state))
@@ -85,7 +82,8 @@ class Preprocessor:
                     "preprocessing",
                     "unknown step",
                     got=type(step).__name__,
-                    remedy="upgrade quantvla on this machine; known: Images, Normalize, Tokenize",
+                    remedy="upgrade quantvla on this machine; known: Images, ResampledImages, "
+                    "Normalize, Tokenize",
                 )
         self.keys = frozenset(keys)
 
@@ -103,71 +101,6 @@ class Preprocessor:
         return tensors
 
 
-class _ImageRunner:
-    def __init__(self, step: Images, cameras: Sequence[CameraSpec]) -> None:
-        self._step = step
-        self._expected = {c.key: (c.height, c.width) for c in cameras}
-        self._warned: set[str] = set()
-
-    def __call__(self, obs: Observation) -> Tensors:
-        step = self._step
-        images = [read_image(obs, key) for key in step.keys]
-        for key, image in zip(step.keys, images, strict=True):
-            self._check_size(key, (image.shape[0], image.shape[1]))
-        sizes = {image.shape[:2] for image in images}
-        if step.resize is None and len(sizes) > 1:
-            raise explain(
-                f"observation {', '.join(map(repr, step.keys))}",
-                "cameras must have one size, since the engine does not resize",
-                got=", ".join(f"{height}x{width}" for height, width in sorted(sizes)),
-                remedy="resize them before",
-            )
-        size = step.resize or images[0].shape[:2]
-        tensor = np.empty((len(images), 3, *size), dtype=np.float32)
-        for image, planes in zip(images, tensor, strict=True):
-            for channel, output in enumerate(planes):
-                plane = image[:, :, channel].astype(np.float32)
-                plane /= np.float32(255)
-                fit_plane(plane, output, step.pad_value, around=step.pad == "around")
-        tensor *= np.float32(step.scale)
-        tensor += np.float32(step.offset)
-        return {step.output: tensor}
-
-    def _check_size(self, key: str, size: tuple[int, int]) -> None:
-        expected = self._expected.get(key, size)
-        resize = self._step.resize
-        if resize is not None and 0 in fitted_size(size, resize):
-            raise explain(
-                f"observation {key!r}",
-                f"image is too thin to fit into {resize[0]}x{resize[1]}",
-                got=f"{size[0]}x{size[1]} (height x width)",
-                remedy="check the camera",
-            )
-        if size == expected:
-            return
-        if resize is None:
-            raise explain(
-                f"observation {key!r}",
-                f"expected an image of {expected[0]}x{expected[1]} (height x width), and the "
-                "engine does not resize",
-                got=f"{size[0]}x{size[1]}",
-                remedy="resize it before",
-            )
-        if key not in self._warned:
-            self._warned.add(key)
-            same = size[0] * expected[1] == size[1] * expected[0]
-            _logger.warning(
-                "observation %r: the policy's camera is %dx%d (height x width), got %dx%d; %s",
-                key,
-                *expected,
-                *size,
-                "it is resized"
-                if same
-                else "the aspect ratio differs, so objects appear at other "
-                "places than in training: crop the image unless the policy was trained like this",
-            )
-
-
 class _VectorRunner:
     def __init__(
         self,
@@ -176,7 +109,9 @@ class _VectorRunner:
         state: VectorSpec | None,
     ) -> None:
         self._step = step
-        self._normalizer = make_normalizer(step.key, step.mode, step.eps, statistics.get(step.key))
+        self._normalizer = make_normalizer(
+            step.key, step.mode, step.eps, statistics.get(step.key), flat_to_zero=step.flat_to_zero
+        )
         self._reader = _VectorReader(step.key, self._normalizer.dim, state)
         dim = self._reader.dim
         if dim is not None and dim > step.pad_to:
@@ -196,7 +131,8 @@ class _VectorRunner:
                 remedy="pass the raw vector",
             )
         padded = np.zeros((1, self._step.pad_to), dtype=np.float32)
-        padded[0, : vector.size] = self._normalizer.normalize(vector)
+        normalized = self._normalizer.normalize(vector)
+        padded[0, : vector.size] = normalized.clip(-1, 1) if self._step.clip else normalized
         return {self._step.output: padded}
 
 

@@ -32,10 +32,29 @@ class Images(Strict, frozen=True, kw_only=True, tag_field="kind", tag="images"):
     pad: Literal["top_left", "around"] = "top_left"
 
 
+class ResampledImages(Strict, frozen=True, kw_only=True, tag_field="kind", tag="resampled_images"):
+    """HWC uint8 RGB images -> ``output`` (cameras, 3, height, width) float32, in the order of ``keys``.
+
+    In 8 bits: a black square around the image where ``square``, bicubic antialiased resize to
+    ``first``, the middle of size ``crop``, resize to ``size`` (all (height, width)). Then
+    ``scale * x / 255 + offset``.
+    """
+
+    keys: tuple[str, ...]
+    output: str
+    square: bool
+    first: tuple[PositiveInt, PositiveInt]
+    crop: tuple[PositiveInt, PositiveInt]
+    size: tuple[PositiveInt, PositiveInt]
+    scale: float
+    offset: float
+
+
 class Normalize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="normalize"):
     """A vector of the observation -> ``output``, normalized with the statistics of ``key``.
 
-    Modes as in lerobot's NormalizerProcessorStep (``eps`` guards the division). The result is
+    Modes as in lerobot's NormalizerProcessorStep (``eps`` guards the division). With ``clip`` the
+    result is cut at -1 and 1, with ``flat_to_zero`` an entry that never changed becomes 0. It is
     padded with zeros to ``pad_to`` and gets a leading batch axis: (1, pad_to) float32.
     """
 
@@ -44,6 +63,8 @@ class Normalize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="normal
     mode: Normalization
     eps: float
     pad_to: PositiveInt
+    clip: bool = False
+    flat_to_zero: bool = False
 
 
 class StateText(Strict, frozen=True, kw_only=True):
@@ -61,13 +82,16 @@ class StateText(Strict, frozen=True, kw_only=True):
 class Prompt(Strict, frozen=True, kw_only=True):
     """How a sentence becomes the text that is tokenized.
 
-    Stripped where ``strip``, then every pair of ``replace``, in order; last it takes the place of ``{task}``
-    in ``template``, and the state's numbers, with spaces between, that of ``{state}``.
+    Stripped where ``strip``, then every pair of ``replace``, in order; ``plain`` makes it lower case and
+    leaves letters, digits, spaces and underscores only, and ``empty`` is taken where nothing is left. Last it
+    takes the place of ``{task}`` in ``template``, and the state's numbers, with spaces between, that of ``{state}``.
     """
 
     template: str = "{task}"
     strip: bool = False
     replace: tuple[tuple[str, str], ...] = ()
+    plain: bool = False
+    empty: str = ""
     state: StateText | None = None
 
 
@@ -89,16 +113,21 @@ class Tokenize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="tokeniz
     prompt: Prompt = Prompt()
 
 
-PreprocessStep = Images | Normalize | Tokenize
+PreprocessStep = Images | ResampledImages | Normalize | Tokenize
 
 
 class Unnormalize(Strict, frozen=True, kw_only=True, tag_field="kind", tag="unnormalize"):
-    """Model output (1, horizon, padded) -> (horizon, dim) in physical units, statistics of ``key``."""
+    """Model output (1, horizon, padded) -> (horizon, dim) in physical units, statistics of ``key``.
+
+    Only the leading ``horizon`` steps where it is given; ``clip`` cuts the model's output at -1 and 1 before.
+    """
 
     key: str
     mode: Normalization
     eps: float
     dim: PositiveInt
+    horizon: PositiveInt | None = None
+    clip: bool = False
 
 
 class AddState(Strict, frozen=True, kw_only=True, tag_field="kind", tag="add_state"):

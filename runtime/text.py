@@ -21,6 +21,9 @@ def make_prompt(prompt: Prompt, task: str, numbers: str = "") -> str:
     text = task.strip() if prompt.strip else task
     for old, new in prompt.replace:
         text = text.replace(old, new)
+    if prompt.plain:
+        text = "".join(ch for ch in text.lower() if ch.isalnum() or ch.isspace() or ch == "_")
+    text = text or prompt.empty
     before, _, after = prompt.template.partition("{task}")
     return before.replace("{state}", numbers) + text + after.replace("{state}", numbers)
 

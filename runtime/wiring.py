@@ -11,6 +11,7 @@ from quantvla.runtime.processing_steps import (
     Images,
     Normalize,
     PreprocessStep,
+    ResampledImages,
     Tokenize,
     Unnormalize,
 )
@@ -92,7 +93,7 @@ def _add(made: dict[str, TensorSpec], specs: tuple[TensorSpec, ...]) -> None:
 
 def _outputs(step: PreprocessStep, manifest: Manifest) -> tuple[TensorSpec, ...]:
     """Return the tensors that a preprocessing step makes."""
-    if isinstance(step, Images):
+    if isinstance(step, Images | ResampledImages):
         return (TensorSpec(name=step.output, dtype="float32", shape=_image_shape(step, manifest)),)
     if isinstance(step, Normalize):
         return (TensorSpec(name=step.output, dtype="float32", shape=(1, step.pad_to)),)
@@ -103,13 +104,15 @@ def _outputs(step: PreprocessStep, manifest: Manifest) -> tuple[TensorSpec, ...]
     )
 
 
-def _image_shape(step: Images, manifest: Manifest) -> tuple[int, ...]:
+def _image_shape(step: Images | ResampledImages, manifest: Manifest) -> tuple[int, ...]:
     cameras = {camera.key: camera for camera in manifest.cameras}
     for key in step.keys:
         if key not in cameras:
             raise _error(
                 "images", f"unknown camera {key!r}", remedy=nearest(key, cameras) + f"; {_REMEDY}"
             )
+    if isinstance(step, ResampledImages):
+        return (len(step.keys), 3, *step.size)
     first = cameras[step.keys[0]]
     height, width = step.resize or (first.height, first.width)
     return (len(step.keys), 3, height, width)
@@ -172,7 +175,13 @@ def _check_times(sampler: EulerSampler) -> None:
 
 def _check_action(manifest: Manifest) -> None:
     action, shape = manifest.action, manifest.sampler.noise_shape
-    if len(shape) != 3 or shape[:2] != (1, action.horizon) or shape[2] < action.dim:
+    kept = next((s.horizon for s in manifest.postprocess if isinstance(s, Unnormalize)), None)
+    if (
+        len(shape) != 3
+        or shape[0] != 1
+        or min(shape[1], kept or shape[1]) != action.horizon
+        or shape[2] < action.dim
+    ):
         raise _error(
             "sampler",
             f"expected noise of shape [1, {action.horizon}, at least {action.dim}]",

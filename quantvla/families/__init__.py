@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantvla.families import pi, smolvla
+from quantvla.families import groot, pi, smolvla
 from quantvla.families.base import Family, LoadedPolicy
 from quantvla.runtime.errors import explain, nearest
 
 FAMILIES: dict[str, Family] = {
-    family.policy_type: family for family in (smolvla.FAMILY, pi.PI0, pi.PI05)
+    family.policy_type: family for family in (smolvla.FAMILY, pi.PI0, pi.PI05, groot.FAMILY)
 }
 
 

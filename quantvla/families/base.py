@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantvla.runtime.manifest import ActionSpec, CameraSpec, EulerSampler, TensorSpec, VectorSpec
 from quantvla.runtime.processing_steps import FeatureStatistics, PostprocessStep, PreprocessStep
@@ -57,6 +58,11 @@ class Stage:
     attended: bool = False
 
 
+def tensor_spec(name: str, *shape: int, dtype: Any = "float32") -> TensorSpec:
+    """Return the spec of a tensor between stages."""
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
 @dataclass(frozen=True)
 class Interface:
     """What the outside of a policy looks like; goes into the engine's manifest as it is.
@@ -75,6 +81,16 @@ class Interface:
     files: dict[str, bytes]
 
 
+PredictChunk = Callable[[Any, Mapping[str, Any], Tensor], Tensor]
+"""(lerobot's policy, preprocessed batch, noise) -> normalized chunk (1, horizon, action dim)."""
+
+
+def predict_from_noise(policy: Any, batch: Mapping[str, Any], noise: Tensor) -> Tensor:
+    """Return the chunk of a policy that takes its noise as an argument, as most do."""
+    chunk: Tensor = policy.predict_action_chunk(batch, noise=noise)
+    return chunk
+
+
 @dataclass(frozen=True)
 class LoadedPolicy:
     """A float policy in memory, its linears, its stages and its interface.
@@ -84,7 +100,8 @@ class LoadedPolicy:
     ``carried`` are small files that loading needs and a copy of the checkpoint would lack, by path
     relative to it (a tokenizer from elsewhere). ``processor_overrides`` are what lerobot needs to
     build the checkpoint's own preprocessor here, by step. ``stored_names`` are the names in the
-    weights file of parameters that have another one there.
+    weights file of parameters that have another one there. ``predict_chunk`` has lerobot's policy
+    sample a chunk from given noise.
     """
 
     directory: Path
@@ -98,6 +115,7 @@ class LoadedPolicy:
     carried: Mapping[str, bytes] = field(default_factory=dict)
     processor_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     stored_names: Mapping[str, str] = field(default_factory=dict)
+    predict_chunk: PredictChunk = predict_from_noise
 
     @property
     def used_sites(self) -> tuple[Site, ...]:

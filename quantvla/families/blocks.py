@@ -29,9 +29,15 @@ _PRODUCERS = {
     "gate_proj": "{norm2}", "up_proj": "{norm2}", "fc1": "{norm2}",
     "o_proj": "{block}self_attn.v_proj", "out_proj": "{block}self_attn.v_proj",
     "down_proj": "{block}mlp.up_proj", "fc2": "{block}mlp.fc1",
+    "qkv": "{norm1}", "linear_fc1": "{norm2}", "linear_fc2": "{block}mlp.linear_fc1",
+    "to_q": "{norm1}", "to_k": "{norm1}", "to_v": "{norm1}", "to_out.0": "{block}attn1.to_v",
+    "net.0.proj": "{norm2}", "net.2": "{block}ff.net.0.proj",
 }  # fmt: skip
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_LAST = ("o_proj", "out_proj", "down_proj", "fc2")
+"""Below those of transformers in its usual form those of Qwen3-VL's vision tower, then those of diffusers."""
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("to_q", "to_k", "to_v"))
+_UP = {"down_proj": "up_proj", "fc2": "fc1", "linear_fc2": "linear_fc1", "net.2": "net.0.proj"}
+_LAST = ("o_proj", "out_proj", "proj", "to_out.0", *_UP)
 
 
 @dataclass(frozen=True)
@@ -114,15 +120,14 @@ def norm_readers(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
 
 
 def find_mlps(sites: Iterable[Site]) -> Iterator[Mlp]:
-    """Yield the MLPs whose last linear is among ``sites``."""
-    names = [site.name for site in sites]
-    for name in names:
-        kind = name.rpartition(".")[2]
-        if kind in ("down_proj", "fc2"):
-            stem = name.removesuffix(kind)
-            gated = stem + "gate_proj" in names
-            up = stem + ("up_proj" if gated else "fc1")
-            yield Mlp(up, name, stem + "gate_proj" if gated else None)
+    """Yield the MLPs of blocks whose last linear is among ``sites``."""
+    sites = list(sites)
+    names = {site.name for site in sites}
+    for site in sites:
+        if site.kind in _UP and site.role == "mlp":
+            stem = site.name.removesuffix(site.kind)
+            gate = stem + "gate_proj"
+            yield Mlp(stem + _UP[site.kind], site.name, gate if gate in names else None)
 
 
 def residual_stream(

@@ -175,17 +175,22 @@ def vector_statistics(found: dict[str, FeatureStatistics]) -> dict[str, FeatureS
     return {key: found[key] for key in (STATE_KEY, ACTION_KEY) if key in found}
 
 
-def find_tokenizer(directory: Path, step: ProcessorStep) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that a checkpoint's tokenizer step names.
+def tokenizer_place(directory: Path, name: str) -> str:
+    """Return where the tokenizer called ``name`` is: a directory in the checkpoint, or the name."""
+    inside = (directory / TOKENIZER_DIRECTORY, directory / name)
+    return next((str(path) for path in inside if (path / TOKENIZER_FILE).is_file()), name)
 
-    Looked for in the checkpoint (``tokenizer/``, or the step's name as a directory in it), and in
+
+def find_tokenizer(directory: Path, name: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that a step of a checkpoint's preprocessor names.
+
+    Looked for in the checkpoint (``tokenizer/``, or the name as a directory in it), and in
     what this machine has from a hub. Raises `QuantVLAError` when it is nowhere.
     """
-    name = str(step.config.get("tokenizer_name"))
-    inside = (directory / TOKENIZER_DIRECTORY, directory / name)
-    place = next((str(path) for path in inside if (path / TOKENIZER_FILE).is_file()), name)
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            tokenizer_place(directory, name), local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise explain(
             directory / PREPROCESSOR_FILE,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantvla.families.base import Site, Stage
+from quantvla.families.base import Site, Stage, tensor_spec
 from quantvla.runtime.manifest import EulerSampler, TensorSpec
 from quantvla.structure import Attention, ValueHeads, ValueReader
 
@@ -142,16 +142,16 @@ def make_stages(
     """
     height, width = shapes.image
     cache = (shapes.layers, 1, shapes.key_value_heads, shapes.prefix, shapes.head_dim)
-    images = _spec("images", shapes.cameras, 3, height, width)
-    features = _spec("image_features", shapes.cameras, shapes.image_tokens, shapes.hidden)
-    tokens = _spec("tokens", 1, shapes.text, dtype="int64")
-    token_mask = _spec("token_mask", 1, shapes.text, dtype="bool")
+    images = tensor_spec("images", shapes.cameras, 3, height, width)
+    features = tensor_spec("image_features", shapes.cameras, shapes.image_tokens, shapes.hidden)
+    tokens = tensor_spec("tokens", 1, shapes.text, dtype="int64")
+    token_mask = tensor_spec("token_mask", 1, shapes.text, dtype="bool")
     context = (
-        _spec("keys", *cache),
-        _spec("values", *cache),
-        _spec("prefix_mask", 1, shapes.prefix, dtype="bool"),
+        tensor_spec("keys", *cache),
+        tensor_spec("values", *cache),
+        tensor_spec("prefix_mask", 1, shapes.prefix, dtype="bool"),
     )
-    noise, time = _spec("x", *sampler.noise_shape), _spec("timestep", 1)
+    noise, time = tensor_spec("x", *sampler.noise_shape), tensor_spec("timestep", 1)
     prefix = _Prefix(policy, towers, shapes.empty_cameras, mask_of)
     own = _state(denoise_state)
     return (
@@ -159,17 +159,13 @@ def make_stages(
         Stage("prefix", prefix, (features, tokens, token_mask, *_state(prefix_state)), context, attended=True),
         Stage(
             "denoise", _Denoise(policy), (*context, noise, time, *own),
-            (_spec("velocity", *sampler.noise_shape),), repeat=repeat, batch_axes=(1, 1, 0, 0, 0, *(0 for _ in own)),
+            (tensor_spec("velocity", *sampler.noise_shape),), repeat=repeat, batch_axes=(1, 1, 0, 0, 0, *(0 for _ in own)),
         ),
     )  # fmt: skip
 
 
-def _spec(name: str, *shape: int, dtype: Any = "float32") -> TensorSpec:
-    return TensorSpec(name=name, dtype=dtype, shape=shape)
-
-
 def _state(length: int | None) -> tuple[TensorSpec, ...]:
-    return () if length is None else (_spec("state", 1, length),)
+    return () if length is None else (tensor_spec("state", 1, length),)
 
 
 def why_unused(site: Site, last_layer: int) -> str:

@@ -68,7 +68,7 @@ def sample(
         description.sampler.step,
         observe,
     )
-    return final[0, :, : description.action.dim]
+    return description.action.of(final)
 
 
 @contextmanager

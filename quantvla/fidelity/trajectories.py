@@ -40,13 +40,12 @@ def engine_trajectories(
     progress: Progress,
 ) -> list[Trajectory]:
     """Return the engine's trajectory for every frame and its noise."""
-    dim = policy.manifest.action.dim
-    found = []
+    action, found = policy.manifest.action, []
     for index, (frame, noise) in enumerate(zip(frames, noises, strict=True)):
         progress(what, index, len(frames))
         prediction = policy.predict(visible(policy, frame), noise=noise)
         found.append(
-            Trajectory(prediction.states, prediction.velocities, prediction.normalized[0, :, :dim])
+            Trajectory(prediction.states, prediction.velocities, action.of(prediction.normalized))
         )
     return found
 
@@ -60,15 +59,14 @@ def staged_trajectories(
 ) -> list[Trajectory]:
     """Return the trajectory of the policy run stage by stage in torch, for every frame and its noise."""
     preprocess = staged.make_preprocessor(loaded.interface)
-    dim = loaded.interface.action.dim
-    found = []
+    action, found = loaded.interface.action, []
     for index, (frame, noise) in enumerate(zip(frames, noises, strict=True)):
         progress(what, index, len(frames))
         context = staged.run_context(loaded, staged.prepare(preprocess, frame))
         steps: list[tuple[Array, Array]] = []
         final = staged.sample(loaded, context, noise, _append_to(steps))
         states, velocities = (np.stack(column) for column in zip(*steps, strict=True))
-        found.append(Trajectory(states, velocities, final[0, :, :dim]))
+        found.append(Trajectory(states, velocities, action.of(final)))
     return found
 
 

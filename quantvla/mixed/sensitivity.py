@@ -177,8 +177,8 @@ class Sensitivity:
         return known
 
     def _chunk(self, context: staged.Tensors, noise: Array) -> Array:
-        dim = self._subject.loaded.interface.action.dim
-        return staged.sample(self._subject.loaded, context, noise)[0, :, :dim]
+        loaded = self._subject.loaded
+        return loaded.interface.action.of(staged.sample(loaded, context, noise))
 
     def _integer(self, entry: PlanEntry, scheme: Scheme) -> nn.Module:
         linear = self._subject.loaded.policy.get_submodule(entry.site)

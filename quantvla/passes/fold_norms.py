@@ -46,6 +46,8 @@ def is_bare(subject: Subject, norm: Norm) -> bool:
     """Return whether the norm multiplies by one and adds nothing."""
     if norm.modulation is not None:
         return False
+    if not subject.floats.has(f"{norm.name}.weight"):
+        return True
     gain = subject.floats.get(f"{norm.name}.weight") + norm.offset
     bias = norm.kind == "layer" and bool(subject.floats.get(f"{norm.name}.bias").any())
     return torch.equal(gain, torch.ones_like(gain)) and not bias

@@ -164,11 +164,17 @@ def _apply_(floats: FloatWeights, joint: _Joint, scale: Tensor) -> None:
     if joint.norm is not None and joint.norm.modulation is not None:
         _scale_modulation_(floats, joint.norm, joint.norm.modulation, scale)
     elif joint.norm is not None:
-        name = f"{joint.norm.name}.weight"
-        floats.put_(name, (floats.get(name) + joint.norm.offset) / scale - joint.norm.offset)
-        if joint.norm.kind == "layer":
-            name = f"{joint.norm.name}.bias"
-            floats.put_(name, floats.get(name) / scale)
+        _scale_norm_(floats, joint.norm, scale)
+
+
+def _scale_norm_(floats: FloatWeights, norm: Norm, scale: Tensor) -> None:
+    """Divide gain and bias by ``scale`` (channels,); a norm that has none gets them."""
+    name = f"{norm.name}.weight"
+    gain = floats.get(name) + norm.offset if floats.has(name) else torch.ones_like(scale)
+    floats.put_(name, gain / scale - norm.offset)
+    if norm.kind == "layer":
+        name = f"{norm.name}.bias"
+        floats.put_(name, floats.get(name) / scale if floats.has(name) else torch.zeros_like(scale))
 
 
 def _scale_modulation_(

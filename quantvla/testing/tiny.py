@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantvla.testing import pi, smolvla
+from quantvla.testing import groot, pi, smolvla
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,5 @@ TINY: dict[str, Tiny] = {
     "smolvla": Tiny(smolvla.write_random_checkpoint, smolvla.SmolVLASize()),
     "pi0": Tiny(partial(pi.write_random_checkpoint, "pi0"), pi.PiSize()),
     "pi05": Tiny(partial(pi.write_random_checkpoint, "pi05"), pi.PiSize()),
+    "groot": Tiny(groot.write_random_checkpoint, groot.GrootSize()),
 }

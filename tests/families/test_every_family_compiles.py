@@ -11,7 +11,7 @@ import pytest
 from random_observations import random_observation
 
 from quantvla.calib_sets import CalibrationSet, open_set
-from quantvla.checkpoint import load_quantized, read_card
+from quantvla.checkpoint import load_quantized, read_added, read_card
 from quantvla.export.engine import export_engine
 from quantvla.export.integers import integer_sites
 from quantvla.families import load_policy
@@ -47,6 +47,21 @@ def test_what_does_not_fold_is_said(checkpoint: Path, quantized: Path) -> None:
         )
     modulated = [norm for norm in structure.norms if norm.modulation]
     assert bool(modulated) == any(f"{len(modulated)} norms" in n for n in notes["fold_norms"])
+
+
+def test_norms_without_a_gain_get_one_where_integers_read_them(
+    checkpoint: Path, quantized: Path
+) -> None:
+    loaded, planned = load_policy(checkpoint), read_card(quantized).plan.quantized
+    sites = {entry.site for entry in planned}
+    bare = [
+        norm.name
+        for norm in loaded.structure.norms
+        if norm.modulation is None and sites & set(norm.readers)
+        and loaded.policy.get_submodule(norm.name).weight is None
+    ]  # fmt: skip
+    added = read_added(quantized)
+    assert bool(bare) == any(name.removesuffix(".weight") in bare for name in added)
 
 
 class StopError(Exception):

@@ -37,7 +37,7 @@ def stages_against_lerobot(checkpoint: Path, observation: dict[str, Any]) -> flo
     noise = policy.sample_noise(seed=1)
     loaded = policy.loaded
     context = staged.run_context(loaded, context_of(loaded, observation))
-    ours = staged.sample(loaded, context, noise)[0, :, : loaded.interface.action.dim]
+    ours = loaded.interface.action.of(staged.sample(loaded, context, noise))
     return float(np.abs(ours - policy.predict_normalized(observation, noise=noise)).max())
 
 
