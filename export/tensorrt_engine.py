@@ -43,7 +43,7 @@ from quantvla.runtime.wiring import check_wiring
 from quantvla.statistics import SiteStatistics
 from quantvla.target_plan import TargetPlan, relax
 
-STATIC = ("int8", "fp8")
+STATIC = ("int8", "fp8", "nvfp4")
 
 
 def export_tensorrt(

@@ -1,13 +1,14 @@
 """What a TensorRT's ONNX parser reads, checked at export: operators, opset, and number types.
 
-Operators are those of onnx-tensorrt's docs/operators.md (10.15 list; those of opset 23 only from the
-version that added them). A graph that breaks a rule would fail minutes later, on the robot.
+Operators are those of onnx-tensorrt's docs/operators.md (10.15 list; those of opset 23, and TensorRT's own
+for 4-bit floats, only from the version that added them). A graph that breaks a rule would fail minutes later, on the robot.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from quantvla.export.nvfp4 import DYNAMIC_QUANTIZE
 from quantvla.runtime.errors import explain
 from quantvla.runtime.targets import Target
 
@@ -24,10 +25,13 @@ _READ = frozenset(
     Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor""".split()  # noqa: SIM905
 )
 _SINCE = {"Attention": (10, 15), "RMSNormalization": (10, 15), "RotaryEmbedding": (10, 15)}
+_OWN = {f"trt::{DYNAMIC_QUANTIZE}": (10, 8)}
 _TYPES = frozenset(
-    {"FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "INT8", "BOOL", "INT4", "FLOAT8E4M3FN"}
+    """FLOAT FLOAT16 BFLOAT16 INT32 INT64 INT8 BOOL INT4 FLOAT8E4M3FN FLOAT4E2M1""".split()  # noqa: SIM905
 )
-_FORMAT_OF_TYPE = {"BFLOAT16": "bf16", "INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8"}
+_FORMAT_OF_TYPE = {
+    "BFLOAT16": "bf16", "INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8", "FLOAT4E2M1": "nvfp4",
+}  # fmt: skip
 
 
 def check_graph(model: ir.Model, stage: str, target: Target, formats: tuple[str, ...]) -> None:
@@ -51,11 +55,12 @@ def check_graph(model: ir.Model, stage: str, target: Target, formats: tuple[str,
 
 
 def _check_operator(node: ir.Node, stage: str, target: Target, library: str) -> None:
-    since = _SINCE.get(node.op_type)
+    standard = node.domain in ("", "ai.onnx")
+    operator = node.op_type if standard else f"{node.domain}::{node.op_type}"
+    since = _SINCE.get(operator) or _OWN.get(operator)
     rtx = target.library != "tensorrt"
-    known = node.op_type in _READ or (since is not None and (rtx or target.version >= since))
-    if node.domain not in ("", "ai.onnx") or not known:
-        operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    known = operator in _READ or (since is not None and (rtx or target.version >= since))
+    if not known:
         raise explain(
             f"stage {stage}, node {node.name}",
             f"{library} has no operator for it",

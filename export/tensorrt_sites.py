@@ -3,7 +3,9 @@
 Strongly typed networks compute in the types the graph states, so the format is the graph itself:
 ``fp16``/``bf16`` a plain product; ``int4`` a block-wise DequantizeLinear of the weight, (in, out) along
 axis 0; ``int8``/``fp8`` QuantizeLinear and DequantizeLinear at the input, one static scale, and
-DequantizeLinear at the weight. TensorRT folds the pairs into its quantized kernels.
+DequantizeLinear at the weight; ``nvfp4`` TensorRT's own operator at the input, which finds a scale per
+block, and two levels of DequantizeLinear at input and weight. TensorRT folds all of them into its
+quantized kernels.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantvla.activation_scales import FP8_MAX, INT8_MAX, StaticInput
+from quantvla.export.eight_bits import fp8_tensor, integer_columns
+from quantvla.export.nvfp4 import BLOCK, DYNAMIC_QUANTIZE, weight_blocks
 from quantvla.export.site_marks import marks
 from quantvla.quantizer import QuantizedWeight
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY_HALF = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+NVFP4_OPSET, _NVFP4_IR = 23, 11  # the first that have 4-bit floats
 _SMOOTHED_RANGE = 16.0  # a smoothed input's largest magnitude: far from the ends of half precision
 
 
@@ -31,7 +36,7 @@ class TargetSite:
     """A linear to be lowered: its format, its weight (out, in) and what its format needs.
 
     ``weight`` is a float tensor, or integers on a grid for int4; ``bias``: (out,);
-    ``static``: the input's quantization for int8 and fp8; sites with the same object share one.
+    ``static``: the input's quantization for int8, fp8 and nvfp4; sites with the same object share one.
     """
 
     site: str
@@ -63,6 +68,10 @@ def place_sites_(
         final |= _Writer(model.graph, mark, name, activations, shared).write(sites[site])
         placed.append(PlacedSite(site, name))
     model.opset_imports.pop("quantvla", None)
+    if any(site.format == "nvfp4" for site in sites.values()):
+        # what the graph has of the operators of opset 21 means the same there
+        model.opset_imports.update({"": NVFP4_OPSET, "trt": 1})
+        model.ir_version = max(model.ir_version, _NVFP4_IR)
     return tuple(placed), frozenset(final)
 
 
@@ -84,6 +93,9 @@ class _Writer:
         if site.format in ("int8", "fp8"):
             x, weight = self._static(site, source)
             self._product(site, x, weight)
+            return self._nodes
+        if site.format == "nvfp4":
+            self._product(site, self._nvfp4_input(site, source), self._nvfp4_weight(site))
             return self._nodes
         x = self._half_input(source)
         if site.format == "int4":
@@ -195,6 +207,62 @@ class _Writer:
             )
         return self._shared[key], dequantized
 
+    def _nvfp4_input(self, site: TargetSite, source: ir.Value) -> ir.Value:
+        """Return the input, quantized in blocks at run time below one static scale, shared as in int8."""
+        static = site.static
+        assert static is not None
+        key = (id(source), id(static))
+        if key not in self._shared:
+            x = self._half_input(source)
+            assert x.shape is not None
+            *rows, width = [int(dim) for dim in x.shape.numpy()]
+            scale = self._tensor_scale(site.site, "input_scale", static.scale)
+            codes, scales = self._quantize_blocks(x, scale, ir.Shape((*rows, width // BLOCK)))
+            self._shared[key] = self._two_levels(codes, scales, scale, axis=-1, what="input")
+        return self._shared[key]
+
+    def _quantize_blocks(
+        self, x: ir.Value, scale: ir.Value, scales_shape: ir.Shape
+    ) -> tuple[ir.Value, ir.Value]:
+        node = ir.node(
+            DYNAMIC_QUANTIZE, [x, scale], domain="trt", num_outputs=2, name=f"{self._name}.input_q",
+            attributes={"axis": -1, "block_size": BLOCK, "scale_type": ir.DataType.FLOAT8E4M3FN.value},
+        )  # fmt: skip
+        codes, scales = node.outputs
+        codes.name, codes.shape = f"{node.name}.out", x.shape
+        codes.type = ir.TensorType(ir.DataType.FLOAT4E2M1)
+        scales.name, scales.shape = f"{node.name}.scales", scales_shape
+        scales.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+        self._graph.insert_before(self._mark, node)
+        self._nodes.add(node)
+        return codes, scales
+
+    def _nvfp4_weight(self, site: TargetSite) -> ir.Value:
+        """Return the weight (in, out) in blocks along its first axis."""
+        codes, scales, scale = weight_blocks(_array(site.weight))
+        narrow = self._constant(
+            site.site, "weight", np.ascontiguousarray(codes.T), ir.DataType.FLOAT4E2M1
+        )
+        block_scales = self._constant(
+            site.site, "weight_scale", np.ascontiguousarray(scales.T), ir.DataType.FLOAT8E4M3FN
+        )
+        tensor_scale = self._tensor_scale(site.site, "weight_tensor_scale", float(scale))
+        return self._two_levels(narrow, block_scales, tensor_scale, axis=0, what="weight")
+
+    def _tensor_scale(self, site: str, what: str, scale: float) -> ir.Value:
+        return self._constant(site, what, np.array(scale, np.float32), ir.DataType.FLOAT)
+
+    def _two_levels(
+        self, codes: ir.Value, scales: ir.Value, scale: ir.Value, *, axis: int, what: str
+    ) -> ir.Value:
+        """Return codes * (scales * scale) in half precision; the scales need the range of float32."""
+        wide = ir.DataType.FLOAT
+        steps = self._add("DequantizeLinear", [scales, scale], scales.shape, wide, f"{what}_steps")
+        x = self._add(
+            "DequantizeLinear", [codes, steps], codes.shape, wide, f"{what}_dq", axis=axis, block_size=BLOCK
+        )  # fmt: skip
+        return self._add("Cast", [x], codes.shape, self._half, f"{what}_half", to=self._half.value)
+
     def _dequantize(
         self, site: str, codes: NDArray[np.generic], scales: NDArray[np.generic],
         kind: ir.DataType, *, axis: int, block_size: int = 0,
@@ -241,21 +309,3 @@ def _array(weight: Tensor | QuantizedWeight) -> NDArray[np.float32]:
         weight = weight.dequantize()
     array: NDArray[np.float32] = weight.detach().float().numpy()
     return array
-
-
-def integer_columns(
-    weight: NDArray[np.float32], scale_type: np.dtype[np.generic]
-) -> tuple[NDArray[np.int8], NDArray[np.generic]]:
-    """Return int8 codes (out, in) and one scale per output (out,), codes of the scales as stored."""
-    scales = np.maximum(np.abs(weight).max(1) / INT8_MAX, 2.0**-24).astype(scale_type)
-    codes = np.rint(weight / scales.astype(np.float32)[:, None])
-    return np.clip(codes, -INT8_MAX, INT8_MAX).astype(np.int8), scales
-
-
-def fp8_tensor(
-    weight: NDArray[np.float32], scale_type: np.dtype[np.generic]
-) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-    """Return E4M3 codes (out, in) and one scale () for the whole weight."""
-    scale = np.array(max(float(np.abs(weight).max()) / FP8_MAX, 2.0**-24), scale_type)
-    scaled = np.clip(weight / scale.astype(np.float32), -FP8_MAX, FP8_MAX)
-    return scaled.astype(ml_dtypes.float8_e4m3fn), scale

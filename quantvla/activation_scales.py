@@ -1,4 +1,4 @@
-"""Static scales for 8-bit inputs with one scale per tensor, and the smoothing that makes one scale enough.
+"""Static scales for 8-bit and 4-bit float inputs with one scale per tensor, and the smoothing that makes one scale enough.
 
 A GPU's int8 and fp8 products take one input scale for the whole tensor, fixed at compile time. Input
 channels differ in range, so each is divided by a factor that its weight column is multiplied with
@@ -23,6 +23,9 @@ from quantvla.statistics import SiteStatistics
 
 INT8_MAX = 127
 FP8_MAX = 448.0  # largest finite E4M3 number
+NVFP4_MAX = 6.0 * FP8_MAX  # largest E2M1 number at the largest scale of a block
+_TOP = {"int8": INT8_MAX, "fp8": FP8_MAX, "nvfp4": NVFP4_MAX}
+_MANTISSA_BITS = {"fp8": 3, "nvfp4": 1}
 EXPONENTS = (None, 0.0, 0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
 INT8_LIMIT = 0.025
 """Expected relative error of a product above which one int8 input scale is not enough: what fp8's rounding costs."""
@@ -65,7 +68,7 @@ def static_input(
         smoothing = _smoothing(largest, weight, exponent)
         error = _expected_error(weight, largest, moment, smoothing, number_format) / power
         found = StaticInput(
-            smoothing, float((largest / smoothing).max()) / _top(number_format), exponent,
+            smoothing, float((largest / smoothing).max()) / _TOP[number_format], exponent,
             float(error.sqrt()),
         )  # fmt: skip
         if best is None or found.error < best.error:
@@ -110,10 +113,6 @@ def fits_int8(static: StaticInput) -> bool:
     return static.error <= INT8_LIMIT
 
 
-def _top(number_format: str) -> float:
-    return INT8_MAX if number_format == "int8" else FP8_MAX
-
-
 def _smoothing(largest: Tensor, weight: Tensor, exponent: float | None) -> Tensor:
     if exponent is None:
         return torch.ones_like(largest)
@@ -128,12 +127,13 @@ def _expected_error(
 ) -> Tensor:
     """Return E|error|^2 of the product, summed over outputs, roundings taken as independent.
 
-    int8 rounds to a uniform grid, variance step^2 / 12; fp8 (three mantissa bits) by a relative
-    error of variance 2^-8 / 12 of the value's own square.
+    int8 rounds to a uniform grid, variance step^2 / 12; floats with m mantissa bits by a relative
+    error of variance 2^-(2m + 2) / 12 of the value's own square. Smoothing changes nothing for those.
     """
     smooth_weight = weight.detach().double() * smoothing.double()
-    if number_format == "fp8":
-        return 2 * 2.0**-8 / 12 * (weight.double().square() * moment).sum()
+    if number_format in _MANTISSA_BITS:
+        relative = 2.0 ** -(2 * _MANTISSA_BITS[number_format] + 2) / 12
+        return 2 * relative * (weight.double().square() * moment).sum()
     step = (largest.double() / smoothing.double()).max() / INT8_MAX
     of_input = step.square() / 12 * smooth_weight.square().sum()
     row_steps = smooth_weight.abs().amax(1) / INT8_MAX

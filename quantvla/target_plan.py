@@ -17,8 +17,9 @@ from quantvla.runtime.errors import explain, nearest
 from quantvla.runtime.targets import FORMAT_BITS, Board, Target, board_named, formats_of
 
 ACTIVATIONS = ("fp16", "bf16")
-PRECISIONS = ("auto", "float", "int8", "int4", "fp8")
+PRECISIONS = ("auto", "float", "int8", "int4", "fp8", "nvfp4")
 INT4_BLOCKS = (16, 32, 64, 128)
+NVFP4_BLOCK = 16
 _SCALE_BYTES = 2
 _FORMATS_OF_BITS = {(4, 8): ("int4", "int8"), (4, 16): ("int4",), (8, 8): ("int8",)}
 
@@ -129,7 +130,7 @@ def _entry(
         return _make(entry, tokens, board, activations, why)
     if precision != "auto":
         problem = _problem(entry, precision)
-        why = problem or f"asked for with --precision {precision}"
+        why = problem or f"asked for with --precision {precision}{_twice(entry, precision)}"
         return _make(entry, tokens, board, activations if problem else precision, why)
     bits = (entry.scheme.weight_bits, entry.scheme.activation_bits)
     candidates = [
@@ -155,8 +156,19 @@ def _problem(entry: PlanEntry, number_format: str) -> str:
     if number_format == "int4" and entry.in_features == block:
         # tensorrt_rtx 1.7 widens such a weight in a kernel of its own at every run
         return f"int4 needs two blocks or more, the site has one of {block}"
+    if number_format == "nvfp4" and (
+        entry.in_features % NVFP4_BLOCK or entry.in_features == NVFP4_BLOCK
+    ):
+        # tensorrt_rtx 1.7 computes a single block in half precision
+        return f"nvfp4 needs two or more whole blocks of {NVFP4_BLOCK} inputs, the site has {entry.in_features}"
     if number_format in ("int8", "fp8") and (entry.in_features % 4 or entry.out_features % 4):
         return f"{number_format} products need dimensions divisible by 4"
+    return ""
+
+
+def _twice(entry: PlanEntry, precision: str) -> str:
+    if precision == "nvfp4" and entry.scheme.weight_bits == FORMAT_BITS["nvfp4"]:
+        return "; its weights, on a 4-bit grid already, are rounded a second time"
     return ""
 
 
@@ -185,10 +197,12 @@ def _make(
 
 
 def weight_bytes(number_format: str, out_features: int, in_features: int, block: int) -> int:
-    """Return the bytes of a weight in an engine: codes and scales (int4 per block, int8 and fp8 per column)."""
+    """Return the bytes of a weight in an engine: codes and scales (int4 and nvfp4 per block, int8 and fp8 per column)."""
     codes = out_features * in_features * FORMAT_BITS[number_format] // 8
     if number_format == "int4":
         return codes + out_features * (in_features // block) * _SCALE_BYTES
+    if number_format == "nvfp4":
+        return codes + out_features * (in_features // NVFP4_BLOCK)
     if number_format in ("int8", "fp8"):
         return codes + out_features * _SCALE_BYTES
     return codes

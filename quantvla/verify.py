@@ -9,8 +9,8 @@
   the bound of a kernel on their relative RMS.
 - quantization: engine against the float policy; what the integers cost
 
-An engine for a GPU target is run by ONNX Runtime on the CPU, node by node: the numbers of its graphs. Its
-kernels are TensorRT's and are not compared.
+An engine for a GPU target is run by ONNX Runtime on the CPU, node by node: the numbers of its graphs, 4-bit
+floats by their definition. Its kernels are TensorRT's and are not compared.
 
 Same observations, same noise. Errors are of normalized actions (the policy's own units).
 """
@@ -33,6 +33,7 @@ from quantvla.calibrate import frame_noise
 from quantvla.checkpoint import load_quantized, read_weights
 from quantvla.export.engine import export_engine
 from quantvla.export.integers import IntegerSite, integer_sites
+from quantvla.export.nvfp4_unfused import unfuse_file
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.fidelity.action_error import (
@@ -55,7 +56,7 @@ from quantvla.float_policy import FloatPolicy
 from quantvla.progress import Progress
 from quantvla.runtime.backend import UNFUSED
 from quantvla.runtime.errors import explain
-from quantvla.runtime.files import sha256_tree
+from quantvla.runtime.files import sha256_file, sha256_tree
 from quantvla.runtime.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -254,7 +255,12 @@ def _unfused_copy(engine: Path, manifest: Manifest, parent: Path) -> Path:
     copy.mkdir()
     for name in manifest.files:
         shutil.copyfile(engine / name, copy / name)
-    runnable = msgspec.structs.replace(manifest, target=UNFUSED)
+    files = dict(manifest.files)
+    for stage in manifest.stages:
+        if unfuse_file(copy / stage.file):
+            changed = [name for name in files if name.startswith(stage.file)]
+            files |= {name: sha256_file(copy / name) for name in changed}
+    runnable = msgspec.structs.replace(manifest, target=UNFUSED, files=files)
     (copy / MANIFEST_FILE).write_bytes(encode_manifest(runnable))
     return copy
 

@@ -19,9 +19,9 @@ from quantvla.runtime.site_formats import SiteFormat
 _TYPES = {
     "Half": "fp16", "FP16": "fp16", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32",
     "Int8": "int8", "INT8": "int8", "Int4": "int4", "INT4": "int4", "FP8": "fp8", "Fp8": "fp8",
-    "FP4": "nvfp4", "Fp4": "nvfp4",
+    "FP4": "nvfp4", "Fp4": "nvfp4", "FP4E2M1": "nvfp4",
 }  # fmt: skip
-_NARROW = ("int8", "fp8", "nvfp4", "int4")
+_NARROW = ("nvfp4", "int8", "fp8", "int4")  # nvfp4 first: its scales are fp8
 _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$")
 _SECTION = re.compile(r"(Inputs|Constants|Outputs): \[([^]]*?\{.*?\})\]", re.DOTALL)
 _TYPE = re.compile(r"Datatype: (\w+)")

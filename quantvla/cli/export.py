@@ -31,7 +31,7 @@ from quantvla.schedule import read_schedule
 @gpu_options
 @click.option(
     "--calib", type=options.DIRECTORY,
-    help="Set whose calibration part gives int8 and fp8 inputs their scales.  [default: the bundled set of this robot]",
+    help="Set whose calibration part gives int8, fp8 and nvfp4 inputs their scales.  [default: the bundled set of this robot]",
 )  # fmt: skip
 @click.option(
     "--frames",

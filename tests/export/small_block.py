@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantvla.activation_scales import static_input
 from quantvla.export.graphs import export_graph
 from quantvla.export.site_marks import SiteMark
-from quantvla.export.tensorrt_engine import lower_graph_
+from quantvla.export.tensorrt_engine import STATIC, lower_graph_
 from quantvla.export.tensorrt_sites import TargetSite
 from quantvla.families.base import Stage, replaced
 from quantvla.quantizer import quantize_weight
@@ -88,7 +88,7 @@ def statistics(stage: Stage) -> dict[str, SiteStatistics]:
 
 
 def target_sites(stage: Stage, number_format: str) -> dict[str, TargetSite]:
-    seen = statistics(stage) if number_format in ("int8", "fp8") else {}
+    seen = statistics(stage) if number_format in STATIC else {}
     sites = {}
     for name in SITES:
         linear = stage.module.get_submodule(name)

@@ -12,9 +12,9 @@ import small_block as block
 import torch
 
 from quantvla.activation_scales import expected_largest, fits_int8, static_input
+from quantvla.export.eight_bits import fp8_tensor, integer_columns
 from quantvla.export.half_precision import SENSITIVE, narrow_doubles_
 from quantvla.export.tensorrt_rules import check_graph
-from quantvla.export.tensorrt_sites import fp8_tensor, integer_columns
 from quantvla.families.base import Stage
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.site_formats import SiteFormat
@@ -23,6 +23,7 @@ from quantvla.runtime.tensorrt_layers import layers_of_listing, site_results
 from quantvla.runtime.tensorrt_library import BuildMessages, load_library, make_logger
 from quantvla.statistics import SiteStatistics
 
+FORMATS = ("fp16", "int8", "int4", "fp8", "nvfp4")
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
@@ -33,19 +34,19 @@ def stage() -> Stage:
 
 @pytest.fixture(scope="module")
 def graphs(stage: Stage) -> dict[str, ir.Model]:
-    return {name: block.lower(stage, name) for name in ("fp16", "int8", "int4", "fp8")}
+    return {name: block.lower(stage, name) for name in FORMATS}
 
 
 def _floats(values: object) -> list[ir.DataType]:
     return [v.dtype for v in values if v is not None and v.dtype in (FLOAT, HALF)]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("number_format", ["fp16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("number_format", FORMATS)
 def test_every_node_has_inputs_of_one_float_type(
     graphs: dict[str, ir.Model], number_format: str
 ) -> None:
     for node in graphs[number_format].graph:
-        kinds = _floats(node.inputs)
+        kinds = _floats(node.inputs[:1] if node.domain == "trt" else node.inputs)  # scale: float32
         assert len(set(kinds)) <= 1, f"{node.name} mixes {kinds}"
         if node.op_type == "MatMul":
             assert kinds == [HALF, HALF], node.name
@@ -178,7 +179,7 @@ def _listing(path: Path, compute_capability: int) -> str:
 
 @pytest.mark.parametrize(
     ("number_format", "compute_capability"),
-    [("fp16", 86), ("int8", 86), ("int4", 86), ("int4", 120), ("fp8", 89)],
+    [("fp16", 86), ("int8", 86), ("int4", 86), ("int4", 120), ("fp8", 89), ("nvfp4", 120)],
 )
 def test_tensorrt_runs_every_linear_of_the_block_in_its_format(
     graphs: dict[str, ir.Model], tmp_path: Path, number_format: str, compute_capability: int

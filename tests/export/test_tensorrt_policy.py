@@ -96,6 +96,30 @@ def test_tensorrt_runs_every_linear_on_a_4_bit_grid_weight_only(
     assert all("one of 32" in entry.reason for entry in plan.refused)
 
 
+def test_4_bit_floats_are_built_for_blackwell_only_and_verified_by_definition(
+    source: SourcePolicy, tiny_checkpoint: Path, tiny_float_engine: Path, tiny_set: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    pytest.importorskip("tensorrt_rtx")
+    plan = plan_for_gpu(source.loaded, source.plan, GpuOptions("rtx", "rtx-5090", "fp16", "nvfp4"))
+    statistics = collect_statistics(
+        source.loaded, static_sites(plan), open_set(tiny_set).part("calibration"), seed=0,
+        journal=tmp_path / "journal", progress=lambda *_: None,
+    )  # fmt: skip
+    engine = tmp_path / "engine"
+    export_tensorrt(source, plan, statistics, engine)
+    formats = read_formats(engine)
+    assert {site.format for site in formats.sites} == {"fp16", "nvfp4"}
+    assert set(formats.compute_capabilities) == {120, 121}
+    with pytest.raises(QuantVLAError, match="SM89"):
+        build_engine(engine, BuildOptions(compute_capability=89))
+    record = build_engine(engine, BuildOptions(compute_capability=120))
+    assert all(site.kept for stage in record.stages for site in stage.sites)
+    heldout = open_set(tiny_set).part("heldout")
+    report = verify(engine, tiny_checkpoint, heldout, float_engine=tiny_float_engine)
+    assert 0.001 < report.quantization.nrmse < 0.1
+    assert 0.68 < 1 - report.integer_bytes / report.half_bytes < 0.72
+
+
 def test_onnx_runtime_confirms_the_numbers_of_the_policy(
     engine: Path, source: SourcePolicy, tiny_size: Any
 ) -> None:

@@ -100,6 +100,20 @@ def test_a_weight_of_a_single_block_is_not_planned_in_int4() -> None:
     assert "two blocks or more" in made.entries[0].reason
 
 
+def test_4_bit_floats_are_planned_where_they_exist_and_fit() -> None:
+    board = BOARDS["rtx-5090"]
+    assert planned(W8A8, 8, board, precision="nvfp4")[0] == "nvfp4"
+    assert "rounded a second time" in planned(W4A8, 8, THOR, precision="nvfp4")[1]
+    plan = Plan("r", tuple(entry(f"w{width}", W8A8, width=width) for width in (16, 72, 1024)))
+    tokens = {"w16": 1, "w72": 1, "w1024": 1}
+    made = plan_target(plan, tokens, TARGETS["rtx"], board, precision="nvfp4")
+    assert [e.format for e in made.entries] == ["fp16", "fp16", "nvfp4"]
+    assert "two or more whole blocks of 16 inputs, the site has 72" in made.entries[1].reason
+    assert made.entries[2].weight_bytes == 2048 * 1024 // 2 + 2048 * 1024 // 16
+    with pytest.raises(QuantVLAError, match=r"nvfp4 on GeForce RTX 4090 .*choose one of fp16"):
+        planned(W8A8, 8, ADA, precision="nvfp4")
+
+
 def test_what_a_board_cannot_run_is_refused() -> None:
     with pytest.raises(QuantVLAError, match=r"fp8 on Jetson AGX Orin.*choose one of fp16, bf16"):
         planned(W4A8, 1, precision="fp8")
