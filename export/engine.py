@@ -9,6 +9,7 @@ from msgspec import structs
 from torch import nn
 
 from quantvla.export import lowering_cpu
+from quantvla.export.cameras import cameras_apart
 from quantvla.export.graphs import save_graph
 from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
@@ -56,6 +57,7 @@ def export_engine(
     guidance: bool = False,
     own_kernels: bool = True,
     schedule: Schedule | None = None,
+    one_camera: bool = False,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Manifest:
     """Write the engine of a checkpoint for ``target`` to ``output``, whole or not at all.
@@ -63,6 +65,7 @@ def export_engine(
     A LeRobot checkpoint gives the float engine, a quantized checkpoint the integer one.
     ``guidance`` adds the graph for guided real-time chunking. Without ``own_kernels`` there are only
     graphs of the engine library's operators. The engine denoises at the times of ``schedule``, if given.
+    With ``one_camera`` the vision stage takes cameras one by one, see `quantvla.runtime.reuse`.
     """
     if target not in TARGETS:
         raise explain(f"target {target!r}", "unknown", remedy=nearest(target, TARGETS))
@@ -70,7 +73,7 @@ def export_engine(
         raise explain(output, "already exists", remedy="choose another output or pass --overwrite")
     source = load_source(checkpoint, schedule)
     with atomic_directory(output, overwrite=overwrite) as directory:
-        loaded = source.loaded
+        loaded = cameras_apart(source.loaded) if one_camera else source.loaded
         context = loaded.stage(loaded.interface.sampler.stage).inputs if guidance else ()
         stages, only_own_times = _write_stages(
             directory,

@@ -10,6 +10,7 @@ import msgspec
 from quantvla.runtime.control.guard import Mode
 from quantvla.runtime.control.spec import CascadeSpec, StrategySpec
 from quantvla.runtime.errors import explain
+from quantvla.runtime.reuse import ReuseSpec
 
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -120,6 +121,7 @@ class RunConfig(_Section, frozen=True, kw_only=True):
     loop: LoopSection = LoopSection()
     strategy: StrategySpec = StrategySpec()
     cascade: CascadeSpec | None = None
+    reuse: ReuseSpec | None = None
     guard: GuardSection = GuardSection()
     watchdog: WatchdogSection = WatchdogSection()
     log: LogSection = LogSection()

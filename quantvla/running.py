@@ -45,12 +45,14 @@ class PreparedRun:
     robot: Robot
     trace: TraceWriter | None
     cascade: Cascade | None
+    policy: Policy
 
     def run(self) -> LoopReport:
         """Run to the end and return the report, with the trace written as far as it can be."""
         report = self.loop.run(seconds=self.config.loop.seconds)
         if self.cascade is not None:
             report = msgspec.structs.replace(report, cascade=self.cascade.counts)
+        report = msgspec.structs.replace(report, reuse=self.policy.reuse_counts)
         if self.trace is None:
             return report
         self.trace.close()
@@ -73,7 +75,9 @@ def prepared_run(
     with ExitStack() as stack:
         robot = stack.enter_context(opened_robot(config.robot, manifest))
         limits = find_limits(config.guard, manifest, relative_actions(robot))
-        policy = stack.enter_context(Policy.from_pretrained(config.engine, threads=config.threads))
+        policy = stack.enter_context(
+            Policy.from_pretrained(config.engine, threads=config.threads, reuse=config.reuse)
+        )
         cascade = None
         if config.cascade is not None:
             cascade = stack.enter_context(
@@ -116,7 +120,7 @@ def prepared_run(
             on_tick=on_tick,
             answer=lambda: None if cascade is None else cascade.answer,
         )
-        yield PreparedRun(config, loop, limits, robot, trace, cascade)
+        yield PreparedRun(config, loop, limits, robot, trace, cascade, policy)
 
 
 def find_limits(section: GuardSection, manifest: Manifest, relative: tuple[bool, ...]) -> Limits:
@@ -144,6 +148,7 @@ def _open_trace(
         versions=policy.versions,
         strategy=config.strategy,
         cascade=config.cascade,
+        reuse=config.reuse,
         rate_hz=config.loop.rate_hz,
         joints=tuple(joint.name for joint in limits.joints),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -31,7 +31,7 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     """What `bench` measured. Memory is in MiB, None where the system does not tell.
 
     ``stages`` are the times of one run of each stage (``denoise``: one step); ``loop_ms`` is the
-    sum of all denoise steps of a chunk. ``resident_mb`` is after the last chunk, of which
+    sum of all denoise steps of a chunk, ``runs`` how often each stage runs in it. ``resident_mb`` is after the last chunk, of which
     ``anonymous_mb`` is not backed by a file, and ``before_load_mb`` was there before the engine.
     """
 
@@ -53,6 +53,7 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     family: str
     recipe: str
     target: str
+    runs: dict[str, int] = {}
 
 
 def bench(
@@ -143,6 +144,7 @@ def _report(
         family=manifest.family,
         recipe=manifest.recipe,
         target=manifest.target,
+        runs={stage.name: stage.repeat for stage in manifest.stages},
     )
 
 

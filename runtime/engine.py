@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from quantvla.runtime.errors import explain
 from quantvla.runtime.guidance import Guidance
 from quantvla.runtime.machine import physical_cores
 from quantvla.runtime.manifest import Manifest, StageSpec
+from quantvla.runtime.reuse import Reuse
+from quantvla.runtime.rows import run_all
 from quantvla.runtime.sampler import Observer, check_time, euler_integrate, with_steps
 
 FloatArray = NDArray[np.float32]
@@ -76,11 +79,15 @@ class Engine:
         outputs = self._run(self._guidance.stage, {**tensors, **step})
         return outputs[self._sampler.velocity], outputs[self._guidance.correction]
 
-    def prepare(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """Run the stages before the sampler once; returns ``inputs`` and every stage's outputs."""
+    def prepare(self, inputs: Tensors, reuse: Reuse | None = None) -> dict[str, NDArray[Any]]:
+        """Run the stages before the sampler; returns ``inputs`` and every stage's outputs.
+
+        ``reuse`` decides which of them must be run; None runs all.
+        """
         tensors = dict(inputs)
+        run_stage = run_all if reuse is None else reuse.run
         for stage in self._once:
-            tensors.update(self._run(stage, tensors))
+            tensors.update(run_stage(stage, tensors, partial(self._run, stage)))
         return tensors
 
     def velocity(self, tensors: Tensors, x: FloatArray, t: float) -> FloatArray:

@@ -38,8 +38,9 @@ class TensorSpec(Strict, frozen=True, kw_only=True):
 class StageSpec(Strict, frozen=True, kw_only=True):
     """One graph. Inputs are named tensors: made by preprocessing, by an earlier stage, or by the sampler.
 
-    ``repeat`` is how many times the sampler runs it for one action chunk. ``native`` is the graph of
-    the project's own operators on the same weights, "" if there is none.
+    ``repeat`` is how many times it runs for one action chunk: the last stage once a denoise step, one
+    before it once, or once for each row of its inputs (each camera), outputs joined. ``native`` is
+    the graph of the project's own operators on the same weights, "" if there is none.
     """
 
     name: str

@@ -19,6 +19,7 @@ from quantvla.runtime.guidance import ActionPrefix, Guidance, make_guidance
 from quantvla.runtime.manifest import Manifest, check_files, read_manifest
 from quantvla.runtime.postprocess import Postprocessor
 from quantvla.runtime.preprocess import Observation, Preprocessor
+from quantvla.runtime.reuse import Reuse, ReuseCounts, ReuseSpec
 from quantvla.runtime.sampler import standard_noise
 from quantvla.runtime.stepping import SteppedPolicy
 from quantvla.runtime.wiring import check_wiring
@@ -53,8 +54,15 @@ class Policy(SteppedPolicy):
     ``seed``. The same observation and noise give the same actions.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, engine: Engine) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        engine: Engine,
+        reuse: ReuseSpec | None = None,
+    ) -> None:
         super().__init__()
+        self._reuse = None if reuse is None else Reuse(reuse, manifest)
         self.directory = directory
         self.manifest = manifest
         self.preprocessor = Preprocessor(
@@ -74,18 +82,20 @@ class Policy(SteppedPolicy):
         *,
         threads: int | None = None,
         verify_checksums: bool = True,
+        reuse: ReuseSpec | None = None,
     ) -> Policy:
         """Load an engine directory; raises `QuantVLAError` if it is damaged or made for a newer runtime.
 
         ``threads`` None takes one per physical core. Checking the SHA-256 of all files reads each
-        once; switch it off only where start-up time matters more than a damaged copy.
+        once; switch it off only where start-up time matters more than a damaged copy. ``reuse``
+        None computes every chunk whole.
         """
         path = Path(directory)
         manifest = read_manifest(path)
         check_wiring(manifest)
         if verify_checksums:
             check_files(path, manifest)
-        return cls(path, manifest, Engine(path, manifest, threads=threads))
+        return cls(path, manifest, Engine(path, manifest, threads=threads), reuse)
 
     @property
     def threads(self) -> int:
@@ -96,6 +106,11 @@ class Policy(SteppedPolicy):
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that run the stages here (``manifest.versions``: that made them)."""
         return self._engine.versions
+
+    @property
+    def reuse_counts(self) -> ReuseCounts | None:
+        """How much was reused since loading or warming up; None if nothing may be."""
+        return None if self._reuse is None else self._reuse.counts
 
     @property
     def execute(self) -> int:
@@ -150,7 +165,20 @@ class Policy(SteppedPolicy):
         """
         obs = self.blank_observation()
         for _ in range(runs):
+            self._forget()
             self.predict_action_chunk(obs, seed=0)
+        self._forget()
+        if self._reuse is not None:
+            self._reuse.counts = ReuseCounts()
+
+    def reset(self, *, seed: int | None = None) -> None:
+        """Forget queued actions and what could be reused; with ``seed``, restart the noise too."""
+        super().reset(seed=seed)
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._reuse is not None:
+            self._reuse.forget()
 
     def blank_observation(self) -> dict[str, object]:
         """Return a valid observation: grey images, the mean state (or zeros) and a sentence."""
@@ -174,7 +202,9 @@ class Policy(SteppedPolicy):
         start_ns = time.perf_counter_ns()
         inputs = self.preprocessor(obs)
         self._engine.record("preprocess", start_ns)
-        return self._engine.prepare(inputs)
+        if self._reuse is not None:
+            self._reuse.see(obs)
+        return self._engine.prepare(inputs, self._reuse)
 
     def velocity(self, tensors: Tensors, x: FloatArray, t: float) -> FloatArray:
         """Return the velocity at ``x`` and time ``t``, teacher-forced; ``tensors`` from `prepare`.

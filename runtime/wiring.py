@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
+import msgspec
+
 from quantvla.runtime.errors import QuantVLAError, explain, nearest
 from quantvla.runtime.manifest import EulerSampler, Manifest, TensorSpec
 from quantvla.runtime.processing_steps import (
@@ -24,8 +26,8 @@ def check_wiring(manifest: Manifest) -> None:
     """Raise `QuantVLAError` unless every stage finds its inputs and sampler and action agree.
 
     Each stage's inputs must be made by preprocessing or by an earlier stage with the same dtype
-    and shape. The sampler drives the last stage, once per timestep; the others run once. Every
-    file that a stage or step names must be listed with its checksum.
+    and shape. The sampler drives the last stage, once per timestep; the others run once, or once
+    for each row of what they read. Every file that a stage or step names must be listed with its checksum.
     """
     _check_files(manifest)
     _check_action(manifest)
@@ -36,9 +38,10 @@ def check_wiring(manifest: Manifest) -> None:
     for stage in manifest.stages:
         if stage.name == manifest.sampler.stage:
             _add(made, _sampler_tensors(manifest))
+        rows = 1 if stage.name == manifest.sampler.stage else stage.repeat
         for spec in stage.inputs:
-            _check_input(stage.name, spec, made)
-        _add(made, stage.outputs)
+            _check_input(stage.name, _rows(stage.name, spec, rows), made)
+        _add(made, tuple(_rows(stage.name, spec, rows) for spec in stage.outputs))
     _check_guidance(manifest, made)
     for post in manifest.postprocess:
         if isinstance(post, AddState):
@@ -139,6 +142,19 @@ def _check_input(stage: str, spec: TensorSpec, made: dict[str, TensorSpec]) -> N
         )
 
 
+def _rows(stage: str, spec: TensorSpec, rows: int) -> TensorSpec:
+    """Return ``spec`` as it is for all rows of a stage that takes them one by one."""
+    if rows == 1:
+        return spec
+    if spec.shape[:1] != (1,):
+        raise _error(
+            f"stage {stage!r} tensor {spec.name!r}",
+            f"runs {rows} times a chunk, expected one row",
+            got=list(spec.shape),
+        )
+    return msgspec.structs.replace(spec, shape=(rows, *spec.shape[1:]))
+
+
 def _check_sampler(manifest: Manifest) -> None:
     sampler = manifest.sampler
     names = [stage.name for stage in manifest.stages]
@@ -146,10 +162,9 @@ def _check_sampler(manifest: Manifest) -> None:
         raise _error("sampler", f"stage {sampler.stage!r} must be the last one", got=names)
     if len(set(names)) != len(names):
         raise _error("stages", "two have the same name", got=names)
-    *once, repeated = manifest.stages
-    for stage, repeat in [*((stage, 1) for stage in once), (repeated, len(sampler.timesteps))]:
-        if stage.repeat != repeat:
-            raise _error(f"stage {stage.name!r}", f"expected repeat {repeat}", got=stage.repeat)
+    repeated, repeat = manifest.stages[-1], len(sampler.timesteps)
+    if repeated.repeat != repeat:
+        raise _error(f"stage {repeated.name!r}", f"expected repeat {repeat}", got=repeated.repeat)
     _check_times(sampler)
     velocity = TensorSpec(name=sampler.velocity, dtype="float32", shape=sampler.noise_shape)
     if velocity not in repeated.outputs:

@@ -42,7 +42,7 @@ def _table(engine: Path, report: BenchReport) -> Table:
     table.add_column("p99 ms", justify="right")
     *once, repeated = report.stages
     rows: list[tuple[str, int, Percentiles]] = [("preprocess", 1, report.preprocess_ms)]
-    rows += [(name, 1, report.stages[name]) for name in once]
+    rows += [(name, report.runs.get(name, 1), report.stages[name]) for name in once]
     rows += [(f"{repeated} (one step)", report.denoise_steps, report.stages[repeated])]
     rows += [(f"{repeated} (all steps)", 1, report.loop_ms), ("chunk", 1, report.chunk_ms)]
     for name, runs, times in rows:

@@ -42,12 +42,16 @@ from quantvla.schedule import read_schedule
 @click.option(
     "--schedule", type=options.DIRECTORY, help="Times of the denoise steps, from `quantvla schedule` (target cpu).",
 )  # fmt: skip
+@click.option(
+    "--cameras-apart", is_flag=True, help="Run vision once a camera, so that unchanged ones can be left out (target cpu).",
+)  # fmt: skip
 @options.seed
 @options.output
 @options.overwrite
 def export(
     checkpoint: Path, target: str, guidance: bool, board: str | None, activations: str, precision: str,
-    calib: Path | None, frames: int, schedule: Path | None, seed: int, output: Path, overwrite: bool,
+    calib: Path | None, frames: int, schedule: Path | None, cameras_apart: bool, seed: int,
+    output: Path, overwrite: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT as an engine: a quantized one, or a LeRobot one for the float engine."""
     changed: tuple[SiteFormat, ...] = ()
@@ -59,6 +63,10 @@ def export(
         if target in GPU_TARGETS and schedule:
             raise explain(
                 f"target {target}", "has the policy's own equal steps in its graphs", remedy="leave --schedule out",
+            )  # fmt: skip
+        if target in GPU_TARGETS and cameras_apart:
+            raise explain(
+                f"target {target}", "runs all cameras in one call", remedy="leave --cameras-apart out",
             )  # fmt: skip
         if target in GPU_TARGETS:
             chosen = GpuOptions(target, board, activations, precision)
@@ -74,6 +82,7 @@ def export(
                 overwrite=overwrite,
                 guidance=guidance,
                 schedule=None if schedule is None else read_schedule(schedule),
+                one_camera=cameras_apart,
                 progress=progress,
             )
     size = sum(path.stat().st_size for path in output.iterdir())

@@ -80,7 +80,7 @@ def report_lines(report: LoopReport) -> str:
     """Return the counts of a finished run as sentences."""
     share = report.deadline_misses / max(report.ticks, 1)
     guard = ", ".join(f"{cause} {count}" for cause, count in report.interventions.items())
-    levels = report.cascade
+    levels, reuse = report.cascade, report.reuse
     return (
         f"{'FAILED' if report.failed else 'ended'}: {report.stop_cause}\n"
         f"{report.ticks} ticks at {report.rate_hz:g} Hz in {report.seconds:.1f} s, "
@@ -93,6 +93,12 @@ def report_lines(report: LoopReport) -> str:
             f"\ncascade: {levels.escalated} of {levels.chunks} chunks from the better level, "
             f"{levels.no_time} not for want of time"
             if levels is not None
+            else ""
+        )
+        + (
+            f"\nreused: {reuse.images_reused} of {reuse.images} camera pictures, "
+            f"{reuse.prefixes_reused} of {reuse.prefixes} prefixes"
+            if reuse is not None
             else ""
         )
         + (f"\ntrace incomplete: {report.trace_lost} records lost" if report.trace_lost else "")

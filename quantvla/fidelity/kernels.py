@@ -16,6 +16,7 @@ from quantvla.fidelity.trajectories import Frame, Trajectory, visible
 from quantvla.progress import Progress
 from quantvla.quantizer import integer_linear
 from quantvla.runtime.policy import Policy
+from quantvla.runtime.rows import calls
 
 KERNEL_FRAMES = 8  # frames on which every kernel call is compared
 
@@ -40,7 +41,13 @@ def kernel_errors(
             known |= {sampler.state: x, sampler.time: np.array([t], np.float32)}
             for stage, probe in zip(policy.manifest.stages, probes, strict=True):
                 if stage.name == sampler.stage or t == sampler.timesteps[0]:
-                    errors += [_kernel_difference(v, sites[v.site]) for v in probe(known)]
+                    errors += [
+                        _kernel_difference(v, sites[v.site])
+                        for call in (
+                            calls(stage, known) if stage.name != sampler.stage else (known,)
+                        )
+                        for v in probe(call)
+                    ]
     return errors
 
 

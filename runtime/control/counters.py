@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
+from quantvla.runtime.reuse import ReuseCounts
+
 WINDOW = 1 << 16
 """How many of the last measurements the percentiles are taken over: 22 minutes of ticks at 50 Hz."""
 
@@ -92,6 +94,7 @@ class LoopReport(msgspec.Struct, frozen=True, kw_only=True):
     interventions: dict[str, int]
     trace_lost: int
     cascade: CascadeCounts | None = None
+    reuse: ReuseCounts | None = None
 
 
 class Counters:

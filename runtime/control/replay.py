@@ -77,7 +77,7 @@ def replay(
     directory = Path(header.engine) if engine is None else engine
     with ExitStack() as stack:
         policy = stack.enter_context(
-            Policy.from_pretrained(directory, threads=threads or header.threads)
+            Policy.from_pretrained(directory, threads=threads or header.threads, reuse=header.reuse)
         )
         cascade = None
         if header.cascade is not None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from quantvla.runtime.control.cascade import Answer
 from quantvla.runtime.control.counters import LoopReport
 from quantvla.runtime.control.spec import CascadeSpec, StrategySpec
+from quantvla.runtime.reuse import ReuseSpec
 
 TRACE_VERSION = 1
 _QUEUE = 4096
@@ -36,6 +37,7 @@ class Header(_Record, frozen=True, kw_only=True, tag="header"):
     versions: dict[str, str]
     strategy: StrategySpec | None
     cascade: CascadeSpec | None = None
+    reuse: ReuseSpec | None = None
     rate_hz: float
     joints: tuple[str, ...]
     started: str

@@ -45,7 +45,7 @@ def test_wiring_of_a_sound_manifest() -> None:
         ),
         (
             {"stages": (replace(VISION, repeat=2), PREFIX, DENOISE)},
-            "stage 'vision': expected repeat 1, got 2",
+            r"stage 'vision' tensor 'images': runs 2 times a chunk, expected one row, got \[2, 3, 8, 12\]",
         ),
         ({"sampler": replace(SAMPLER, velocity="v")}, "expected an output 'v' float32"),
         (
