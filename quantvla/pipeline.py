@@ -29,7 +29,10 @@ LEAST_COSINE = 0.99999
 
 
 class EquivalenceCheck:
-    """The action chunks of the untouched policy on a few calibration frames, to compare with later."""
+    """The action chunks of the untouched policy on a few calibration frames, to compare with later.
+
+    ``remember`` runs them: before the first fold, and not at all when nothing folds.
+    """
 
     def __init__(self, loaded: LoadedPolicy, calibration: CalibrationSet, seed: int) -> None:
         self._loaded = loaded
@@ -40,6 +43,10 @@ class EquivalenceCheck:
         self._inputs = [prepare(preprocess, calibration[i].observation) for i in frames.tolist()]
         shape = loaded.interface.sampler.noise_shape
         self._noise = [frame_noise(seed, i, shape) for i in frames.tolist()]
+        self._expected: NDArray[np.float64] | None = None
+
+    def remember(self) -> None:
+        """Keep the chunks of the policy as it is now."""
         self._expected = self._chunks()
 
     def _chunks(self) -> NDArray[np.float64]:
@@ -52,6 +59,7 @@ class EquivalenceCheck:
 
     def __call__(self) -> Equivalence:
         """Compare the policy as it is now."""
+        assert self._expected is not None
         found, expected = self._chunks(), self._expected
         norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
         cosine = (found * expected).sum(1) / np.maximum(norms, 1e-12)
@@ -75,6 +83,8 @@ class Pipeline:
 
     def run(self, passes: Sequence[Pass]) -> tuple[PassReport, ...]:
         """Run the passes; finished ones are read from the work directory instead."""
+        if any(isinstance(step, EquivalencePass) for step in passes):
+            self.check.remember()
         return tuple(self._one(step, self.work / f"pass-{i}") for i, step in enumerate(passes))
 
     def _one(self, step: Pass, directory: Path) -> PassReport:

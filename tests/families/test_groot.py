@@ -30,6 +30,7 @@ from quantvla.recipe import read_recipe
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.manifest import read_manifest
 from quantvla.runtime.policy import Policy
+from quantvla.runtime.postprocess import Postprocessor
 from quantvla.runtime.resample import centre_crop, pad_to_square, resample
 from quantvla.testing import groot
 
@@ -317,6 +318,21 @@ def test_groups_of_a_base_checkpoint_are_decoded(copy: Path) -> None:
     low, high = np.array(actions.min), np.array(actions.max)
     ours = (chunk[0].clip(-1, 1) + 1) * (high - low) / 2 + low
     assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_lerobots_relative_actions_get_their_state_back(copy: Path) -> None:
+    relative = {"enabled": True, "exclude_joints": [], "action_names": None}
+    first = {"registry_name": "relative_actions_processor", "config": relative}
+    last = {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}
+    edit(copy / "policy_preprocessor.json", lambda p: p["steps"].insert(2, first))
+    edit(copy / "policy_postprocessor.json", lambda p: p["steps"].insert(1, last))
+    policy = FloatPolicy(load_policy(copy))
+    interface, observation = policy.loaded.interface, random_observation(groot.GrootSize(), 0)
+    noise = policy.sample_noise(0)
+    tensors = staged.prepare(staged.make_preprocessor(interface), observation)
+    chunk = staged.sample(policy.loaded, staged.run_context(policy.loaded, tensors), noise)
+    ours = Postprocessor(interface.postprocess, interface.statistics)(chunk, tensors)
+    assert np.abs(ours - policy.predict_action_chunk(observation, noise=noise)).max() < 1e-5
 
 
 @pytest.mark.parametrize(

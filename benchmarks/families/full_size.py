@@ -1,0 +1,225 @@
+"""pi0, pi0.5 and GR00T N1.7 at their released size: memory and time of quantization, export and one chunk.
+
+    python -m benchmarks.families.full_size make pi05 build/full_size/pi05
+    python -m benchmarks.families.full_size run build/full_size/pi05 --recipe rtn-w4a8
+
+``make`` writes a checkpoint with random weights tensor by tensor (float32 as lerobot saves it, so
+16.6 GB for pi0.5). ``run`` quantizes it on a few random frames, exports the engine and runs a chunk, and
+adds a line to ``benchmarks/families/full_size.json``. Memory is what the process allocates
+(``RssAnon``), sampled; pages of the checkpoint, which the system can drop and read again, are apart.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import numpy as np
+from lerobot.policies.groot.groot_n1_7 import GR00TN17Config
+from torch import nn
+
+from quantvla.calib_sets import open_set
+from quantvla.export.engine import export_engine
+from quantvla.families import groot as groot_family
+from quantvla.families import policy_type
+from quantvla.families.groot.interface import BASE_DIRECTORY
+from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
+from quantvla.families.lerobot_interface import TOKENIZER_DIRECTORY
+from quantvla.families.pi import KINDS, empty_policy
+from quantvla.plan import Plan
+from quantvla.quantize import quantize
+from quantvla.recipe import read_recipe
+from quantvla.runtime.files import write_atomic
+from quantvla.runtime.policy import Policy
+from quantvla.testing import groot, pi
+
+RESULT = Path(__file__).parent / "full_size.json"
+FRAMES = 4
+TEXTS = ("push the red block", "open the door")
+
+
+class Step(msgspec.Struct, frozen=True):
+    """Seconds, and the most memory allocated (GiB) and mapped from files (GiB) during a step."""
+
+    seconds: float
+    allocated_gib: float
+    mapped_gib: float
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One policy through one recipe. ``saving`` is of the integer linears against FP16."""
+
+    policy: str
+    recipe: str
+    frames: int
+    quantize: Step
+    export: Step
+    chunk: Step
+    engine_gb: float
+    saving: float
+    stages_ms: dict[str, float]
+
+
+# ------------------------------------------------------------------------------------ checkpoint
+def make_pi(kind: str, directory: Path) -> nn.Module:
+    """Write everything but the weights; return the policy without memory."""
+    size = pi.FULL_SIZE
+    config = pi.make_config(kind, size)
+    config.save_pretrained(directory)
+    pi.save_processors(config, size, directory, seed=0, texts=TEXTS)
+    policy: nn.Module = empty_policy(KINDS[kind], config, size.widths)
+    return policy
+
+
+def make_groot(directory: Path) -> nn.Module:
+    """Write everything but the weights; return the policy without memory."""
+    size = groot.FULL_SIZE
+    groot.write_processor(directory / TOKENIZER_DIRECTORY, size, TEXTS)
+    base: Any = GR00TN17Config(architectures=["Gr00tN1d7"])
+    base.save_pretrained(directory / BASE_DIRECTORY)
+    config = groot.make_config(directory, size)
+    groot.save_processors(config, size, directory, seed=0)
+    policy: nn.Module = groot_family.empty_policy(config, base)
+    config.base_model_path = BASE_DIRECTORY
+    config.save_pretrained(directory)
+    return policy
+
+
+def write_weights(policy: nn.Module, path: Path, seed: int = 0) -> None:
+    """Write random float32 weights of every parameter, one at a time, in the safetensors format."""
+    shapes = {name: tuple(value.shape) for name, value in policy.named_parameters()}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    generator = np.random.default_rng(seed)
+    with path.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, shape in shapes.items():
+            stream.write(random_weight(generator, name, shape).tobytes())
+
+
+def random_weight(
+    generator: np.random.Generator, name: str, shape: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    """Return weights that keep activations of the size they enter with; gains of LayerNorms are 1."""
+    values = generator.standard_normal(shape, np.float32)
+    if len(shape) > 1:
+        fan_in = shape[-2] if name.endswith(".W") else int(np.prod(shape[1:]))
+        return values * np.float32(1 / np.sqrt(fan_in))
+    one_is_neutral = "layer_norm" in name or ("norm" in name and "paligemma" not in name)
+    centre = 1.0 if name.endswith("weight") and one_is_neutral and "gemma" not in name else 0.0
+    return values * np.float32(0.05) + np.float32(centre)
+
+
+# --------------------------------------------------------------------------------------- measuring
+@contextmanager
+def measured() -> Iterator[Callable[[], Step]]:
+    """Sample this process's memory while the block runs; the function it yields returns the step afterwards."""
+    most = {"RssAnon": 0, "RssFile": 0}
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.05):
+            status = Path("/proc/self/status").read_text()
+            for key in most:
+                most[key] = max(most[key], int(status.split(f"{key}:")[1].split()[0]) * 1024)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    begin = time.perf_counter()
+    thread.start()
+    seconds = 0.0
+
+    def result() -> Step:
+        gib = {key: round(value / 2**30, 2) for key, value in most.items()}
+        return Step(round(seconds, 1), gib["RssAnon"], gib["RssFile"])
+
+    try:
+        yield result
+    finally:
+        seconds = time.perf_counter() - begin
+        done.set()
+        thread.join()
+
+
+def write_frames(directory: Path, kind: str) -> None:
+    """Write a calibration set of random frames."""
+    size: Any = groot.FULL_SIZE if kind == "groot" else pi.FULL_SIZE
+    directory.mkdir(parents=True, exist_ok=True)
+    for index in range(FRAMES):
+        generator = np.random.default_rng(index)
+        shape = (size.camera_height, size.camera_width, 3)
+        images = {key: generator.integers(0, 256, shape, dtype=np.uint8) for key in size.cameras}
+        state = generator.standard_normal(size.state_dim).astype(np.float32)
+        np.savez(
+            directory / f"{index}.npz", **images, **{"observation.state": state},
+            task=TEXTS[index % 2], episode=index, frame=0,
+        )  # fmt: skip
+
+
+@click.group()
+def main() -> None:
+    """Make a checkpoint of the released size, or run one through the compiler."""
+
+
+@main.command()
+@click.argument("kind", type=click.Choice([*KINDS, "groot"]))
+@click.argument("directory", type=click.Path(path_type=Path))
+def make(kind: str, directory: Path) -> None:
+    """Write a random-weight checkpoint of the released size."""
+    directory.mkdir(parents=True)
+    policy = make_groot(directory) if kind == "groot" else make_pi(kind, directory)
+    write_weights(policy, directory / WEIGHTS_FILE)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.option("--recipe", default="rtn-w4a8", show_default=True)
+def run(checkpoint: Path, recipe: str) -> None:
+    """Quantize, export and run a chunk; print and keep the figures."""
+    kind = policy_type(checkpoint)
+    work = checkpoint.with_name(f"{checkpoint.name}-{recipe}")
+    write_frames(work / "frames", kind)
+    with measured() as quantized:
+        result = quantize(
+            checkpoint, open_set(work / "frames"), read_recipe(recipe), work / "checkpoint",
+            overwrite=True, progress=_say,
+        )  # fmt: skip
+    click.echo(f"quantize {quantized()}")
+    plan: Plan = result.plan
+    with measured() as exported:
+        export_engine(work / "checkpoint", "cpu", work / "engine", overwrite=True, progress=_say)
+    click.echo(f"export {exported()}")
+    engine_gb = sum(path.stat().st_size for path in (work / "engine").iterdir()) / 1e9
+    with measured() as ran, Policy.from_pretrained(work / "engine") as policy:
+        observation = policy.blank_observation()
+        policy.predict_action_chunk(observation, seed=0)
+        with policy.timing() as durations:
+            policy.predict_action_chunk(observation, seed=0)
+    found = Run(
+        kind, recipe, FRAMES, quantized(), exported(), ran(), round(engine_gb, 3), round(plan.saving(), 4),
+        {name: round(sum(spans) / 1e6, 1) for name, spans in durations.items()},
+    )  # fmt: skip
+    click.echo(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
+    kept = msgspec.json.decode(RESULT.read_bytes(), type=list[Run]) if RESULT.is_file() else []
+    kept = [r for r in kept if (r.policy, r.recipe) != (kind, recipe)] + [found]
+    write_atomic(RESULT, msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
+
+
+def _say(what: str, done: int, total: int) -> None:
+    if done % 16 == 0 or done == total:
+        click.echo(f"{what}: {done}/{total}", err=True)
+
+
+if __name__ == "__main__":
+    main()
