@@ -54,13 +54,12 @@ class FloatWeights:
         return {name: value.detach() for name, value in changed.items() if value is not None}
 
     def load_(self, changed: Mapping[str, Tensor]) -> None:
-        """Repeat the changes of a pass that ran before.
+        """Take over what a pass changed, as it was written to a file: parameters are then pages of that file.
 
-        In memory of their own: a file's pages are aligned otherwise than a computed tensor, and
-        products then round otherwise.
+        They take no memory of their own, and are the same, to the alignment, in a run that continues.
         """
         for name, value in changed.items():
-            self.put_(name, value.clone())
+            self.put_(name, value)
         self._before.clear()
 
     @contextmanager

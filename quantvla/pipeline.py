@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from quantvla.calib_sets import CalibrationSet
 from quantvla.calibrate import frame_noise
@@ -20,7 +20,7 @@ from quantvla.passes import EquivalencePass, Pass
 from quantvla.passes.base import Equivalence, Fold, PassReport, Subject
 from quantvla.progress import Progress
 from quantvla.runtime.errors import QuantVLAError, explain
-from quantvla.runtime.files import write_atomic
+from quantvla.runtime.files import atomic_file, write_atomic
 from quantvla.staged import make_preprocessor, prepare, run_context, sample
 from quantvla.weight_store import DirectoryStore
 
@@ -90,6 +90,7 @@ class Pipeline:
     def _one(self, step: Pass, directory: Path) -> PassReport:
         floats, report_file = self.subject.floats, directory / "report.json"
         floats.correcting = step.phase == "correction"
+        floats_file = directory / "floats.safetensors"
         finished = report_file.is_file()
         if not finished and step.phase != "rounding":
             shutil.rmtree(
@@ -98,17 +99,17 @@ class Pipeline:
         self.store.open_folder(directory / "weights")
         if finished:
             report = msgspec.json.decode(report_file.read_bytes(), type=PassReport)
-            changed = load_file(directory / "floats.safetensors")
-            floats.load_(changed)
         else:
             report = (
                 self._fold(step)
                 if isinstance(step, EquivalencePass)
                 else step(self.subject, self.progress)
             )
-            changed = floats.commit()
-            write_atomic(directory / "floats.safetensors", save(changed))
+            with atomic_file(floats_file) as partial:
+                save_file(floats.commit(), partial)
             write_atomic(report_file, msgspec.json.encode(report))
+        changed = load_file(floats_file)
+        floats.load_(changed)
         if step.phase == "correction":
             self.observer.corrected()
         elif changed:
