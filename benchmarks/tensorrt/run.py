@@ -28,8 +28,9 @@ from quantvla import staged
 from quantvla.calib_sets import CalibrationSet, limit, open_set
 from quantvla.calibrate import collect_statistics, frame_noise
 from quantvla.checkpoint import install_
+from quantvla.export.nvfp4_unfused import unfuse_file
 from quantvla.export.source import FLOAT_RECIPE, SourcePolicy
-from quantvla.export.tensorrt_engine import export_tensorrt, marked_graphs
+from quantvla.export.tensorrt_engine import STATIC, export_tensorrt, marked_graphs
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.layout import make_plan
@@ -40,7 +41,7 @@ from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.manifest import Manifest, Source, read_manifest
 from quantvla.runtime.sampler import euler_integrate
 from quantvla.runtime.site_formats import read_formats
-from quantvla.runtime.targets import TARGETS, Board, boards_of
+from quantvla.runtime.targets import BOARDS, TARGETS, boards_of
 from quantvla.runtime.tensorrt_build import BuildOptions, build_engine
 from quantvla.runtime.tensorrt_plans import StagePlan
 from quantvla.site_tokens import count_site_tokens
@@ -49,7 +50,7 @@ from quantvla.target_plan import plan_target
 from quantvla.versions import compiler_versions
 
 HERE = Path(__file__).parent
-FORMATS = ("fp16", "int8", "int4", "fp8")
+FORMATS = ("fp16", "int8", "int4", "fp8", "nvfp4")
 Array = NDArray[np.float32]
 
 
@@ -145,7 +146,6 @@ class Bench:
         self.calibration = limit(
             open_set(options.calib), frames=options.frames, heldout_frames=max(options.heldout, 1), seed=0
         )  # fmt: skip
-        self.board: Board = boards_of("rtx")[0]
         self._seen: dict[str, SiteStatistics] = {}
         self._quantized = False
         print("graphs", flush=True)
@@ -181,8 +181,9 @@ class Bench:
     def export(self, plan: Plan, precision: str, name: str) -> Path:
         """Write the engine of the policy as it is in memory."""
         output = Path(self.options.work) / name
-        made = plan_target(plan, self.tokens, TARGETS["rtx"], self.board, precision=precision)
-        static = precision in ("int8", "fp8")
+        board = BOARDS["rtx-5090"] if precision == "nvfp4" else boards_of("rtx")[0]
+        made = plan_target(plan, self.tokens, TARGETS["rtx"], board, precision=precision)
+        static = precision in STATIC
         export_tensorrt(
             source_of(self.loaded, plan), made, self._seen if static else {}, output, graphs=self.graphs, overwrite=True
         )  # fmt: skip
@@ -197,7 +198,7 @@ def build_all(bench: Bench, result: Result, write: Any) -> None:
         if not wanted:
             continue
         precision = "float" if number_format == "fp16" else number_format
-        if number_format in ("int8", "fp8"):
+        if number_format in STATIC:
             bench.statistics()
         if number_format != "fp16":
             bench.quantize_()
@@ -243,7 +244,10 @@ def shares(builds: Sequence[Build]) -> dict[str, float]:
 
 
 class OrtEngine:
-    """The stages of an engine directory under ONNX Runtime on the CPU, without fusing optimizations."""
+    """The stages of an engine directory under ONNX Runtime on the CPU, without fusing optimizations.
+
+    4-bit floats, which it does not have, become their definition: the files are rewritten.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         options = ort.SessionOptions()
@@ -251,6 +255,8 @@ class OrtEngine:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.intra_op_num_threads = 1
         self._manifest = manifest
+        for stage in manifest.stages:
+            unfuse_file(directory / stage.file)
         self._sessions = {
             stage.name: ort.InferenceSession(directory / stage.file, options)
             for stage in manifest.stages
@@ -278,48 +284,68 @@ class OrtEngine:
         return dict(zip(outputs, found, strict=True))
 
 
-def numerics(bench: Bench) -> Numerics:
-    """Return the action errors of CPU W8A8 and of the target graphs."""
-    loaded, heldout = bench.loaded, bench.calibration.part("heldout")
-    frames = [
-        heldout[index].observation for index in range(min(bench.options.heldout, len(heldout)))
-    ]
-    preprocess = staged.make_preprocessor(loaded.interface)
-    tensors = [staged.prepare(preprocess, frame) for frame in frames]
-    shape, dim = loaded.interface.sampler.noise_shape, loaded.interface.action.dim
-    noises = [frame_noise(1, index, shape) for index in range(len(frames))]
+class Comparison:
+    """Action errors against the float policy on held-out frames, with the same noise for everything compared."""
 
-    def torch_chunks() -> Array:
+    def __init__(self, bench: Bench) -> None:
+        self._loaded, heldout = bench.loaded, bench.calibration.part("heldout")
+        count = min(bench.options.heldout, len(heldout))
+        preprocess = staged.make_preprocessor(self._loaded.interface)
+        self._tensors = [staged.prepare(preprocess, heldout[i].observation) for i in range(count)]
+        shape = self._loaded.interface.sampler.noise_shape
+        self._dim = self._loaded.interface.action.dim
+        self._noises = [frame_noise(1, index, shape) for index in range(count)]
+        self.exact = self.torch_chunks()
+
+    @property
+    def frames(self) -> int:
+        """How many frames are compared."""
+        return len(self._tensors)
+
+    def torch_chunks(self) -> Array:
+        """Return the chunks of the policy as it is in memory: (frames, 1, chunk, action)."""
+        loaded = self._loaded
         return np.stack(
             [
-                staged.sample(loaded, staged.run_context(loaded, known), noise)[..., :dim]
-                for known, noise in zip(tensors, noises, strict=True)
+                staged.sample(loaded, staged.run_context(loaded, t), noise)[..., : self._dim]
+                for t, noise in zip(self._tensors, self._noises, strict=True)
             ]
         )
 
-    def graph_chunks(plan: Plan, precision: str, name: str) -> Array:
-        directory = bench.export(plan, precision, name)
-        engine = OrtEngine(directory, read_manifest(directory))
-        found = [engine.chunk(t, n)[..., :dim] for t, n in zip(tensors, noises, strict=True)]
-        return np.stack(found)
+    def graph_chunks(self, engine: OrtEngine) -> Array:
+        """Return an engine's chunks."""
+        pairs = zip(self._tensors, self._noises, strict=True)
+        return np.stack([engine.chunk(t, noise)[..., : self._dim] for t, noise in pairs])
 
-    def error(found: Array) -> ActionError:
+    def error(self, found: Array) -> ActionError:
+        """Return the error of chunks."""
+        exact = self.exact
         frames = np.sqrt(np.square(found - exact).mean((1, 2, 3)) / np.square(exact).mean())
         rms = float(np.sqrt(np.square(frames).mean()))
         return ActionError(rms, float(np.median(frames)), float(frames.max()))
 
-    exact = torch_chunks()
+
+def numerics(bench: Bench) -> Numerics:
+    """Return the action errors of CPU W8A8 and of the target graphs."""
+    comparison = Comparison(bench)
+
+    def graph_error(plan: Plan, precision: str, name: str) -> ActionError:
+        directory = bench.export(plan, precision, name)
+        engine = OrtEngine(directory, read_manifest(directory))
+        return comparison.error(comparison.graph_chunks(engine))
+
+    loaded = bench.loaded
     eight = make_plan(loaded.sites, with_scheme(bench.recipe, "w8a8"))
-    half = error(graph_chunks(bench.plan, "float", "numerics_fp16"))
+    half = graph_error(bench.plan, "float", "numerics_fp16")
     bench.statistics()
     quantize_in_memory_(loaded, eight)
-    cpu = error(torch_chunks())
-    target = error(graph_chunks(eight, "int8", "numerics_int8"))
+    cpu = comparison.error(comparison.torch_chunks())
+    target = graph_error(eight, "int8", "numerics_int8")
     bench.restore_()
     sites = read_formats(bench.options.work / "numerics_int8").sites
     quantized = {entry.site for entry in eight.quantized}
     return Numerics(
-        frames=len(frames), cpu_w8a8=cpu, target_int8=target, target_fp16=half, ratio=target.rms / cpu.rms,
+        frames=comparison.frames, cpu_w8a8=cpu, target_int8=target, target_fp16=half, ratio=target.rms / cpu.rms,
         linears=len(quantized),
         left_out={s.site: s.reason for s in sites if s.site in quantized and s.format != "int8"},
     )  # fmt: skip
