@@ -20,12 +20,15 @@ from random_observations import random_observation
 from safetensors.torch import load_file, save_file
 
 from quantvla import staged
+from quantvla.calib_sets import CalibrationSet
 from quantvla.export.engine import export_engine
+from quantvla.export.integers import integer_sites
 from quantvla.families import load_policy
 from quantvla.families.groot import describe_sites, empty_policy
 from quantvla.families.qwen3_vl import find_images
 from quantvla.float_policy import FloatPolicy
 from quantvla.layout import make_plan
+from quantvla.quantize import quantize
 from quantvla.recipe import read_recipe
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.manifest import read_manifest
@@ -205,6 +208,25 @@ def test_the_layout_of_the_released_model(tmp_path: Path) -> None:
     assert plan.saving() > 0.7
     weights = sum(s.out_features * s.in_features for s in sites if s.role == "modulation")
     assert weights == (32 + 1) * 3072 * 1536 + 1536 * (1536 + 256)  # become tables
+
+
+def test_vision_tower_and_attention_of_the_head_become_integers_too(
+    tiny: Callable[[str], Path], frames: CalibrationSet, tmp_path: Path
+) -> None:
+    """Fused queries, keys and values, keys and values that move to the prefix, and the blocks between."""
+    result = quantize(tiny("groot"), frames, read_recipe("int8"), tmp_path / "int8")
+    parts = Counter(entry.part for entry in result.plan.quantized)
+    assert parts == {"vision": 12, "connector": 18, "llm": 21, "expert": 24}
+    export_engine(tmp_path / "int8", "cpu", tmp_path / "engine")
+    found = Counter(s.site for s in integer_sites(tmp_path / "engine", read_manifest(tmp_path / "engine")))  # fmt: skip
+    assert found == Counter(entry.site for entry in result.plan.quantized)
+    observation = random_observation(groot.GrootSize(), 0)
+    reference = FloatPolicy(load_policy(tiny("groot")))
+    with Policy.from_pretrained(tmp_path / "engine", threads=1) as policy:
+        noise = policy.sample_noise(0)
+        actions = policy.predict_action_chunk(observation, noise=noise)
+    error = np.abs(actions - reference.predict_action_chunk(observation, noise=noise))
+    assert 1e-5 < error.max() < 0.2
 
 
 # ------------------------------------------------------------------------------------ bad input
