@@ -12,7 +12,7 @@ from quantvla.cli.progress import progress_bar
 from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options
 from quantvla.export.engine import TARGETS, export_engine
 from quantvla.export.rewrite_report import REWRITES_FILE, read_rewrites
-from quantvla.runtime.errors import explain
+from quantvla.runtime.errors import explain, nearest
 from quantvla.runtime.site_formats import SiteFormat
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 from quantvla.schedule import read_schedule
@@ -54,6 +54,9 @@ def export(
     output: Path, overwrite: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT as an engine: a quantized one, or a LeRobot one for the float engine."""
+    known = (*TARGETS, *GPU_TARGETS)
+    if target not in known:
+        raise explain(f"target {target!r}", "unknown", remedy=nearest(target, known))
     changed: tuple[SiteFormat, ...] = ()
     with progress_bar() as progress:
         if target in GPU_TARGETS and guidance:

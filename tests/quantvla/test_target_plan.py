@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+from quantvla.cli.export import export
 from quantvla.plan import Plan, PlanEntry
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.targets import (
@@ -129,6 +133,13 @@ def test_what_a_board_cannot_run_is_refused() -> None:
         formats_of(90)
     with pytest.raises(QuantVLAError, match=r"board agx-orin-64: no published rate for fp8"):
         ORIN.peak("fp8")
+
+
+def test_export_offers_the_nearest_of_all_targets(tmp_path: Path) -> None:
+    options = [str(tmp_path), "--target", "jetson-orim", "-o", str(tmp_path / "engine")]
+    error = CliRunner().invoke(export, options).exception
+    assert isinstance(error, QuantVLAError)
+    assert "target 'jetson-orim': unknown; did you mean 'jetson-orin'" in str(error)
 
 
 def test_the_tables_agree_with_each_other() -> None:
