@@ -80,7 +80,7 @@ def test_no_checkpoint_no_config_other_family(copy: Path, tmp_path: Path) -> Non
     ):
         load_policy(copy)
     (copy / "config.json").write_text('{"type": "act"}')
-    with pytest.raises(QuantVLAError, match="known: pi0, pi05, smolvla"):
+    with pytest.raises(QuantVLAError, match="known: groot, pi0, pi05, smolvla"):
         load_policy(copy)
 
 

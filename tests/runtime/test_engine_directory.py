@@ -51,7 +51,7 @@ def test_unknown_preprocessing_step(engine: Path) -> None:
     _edit_json(engine, preprocess=[{"kind": "images"}, {"kind": "crop", "size": 3}])
     with pytest.raises(
         QuantVLAError,
-        match="unknown preprocessing step at position 1, expected one of images, normalize, "
+        match="unknown preprocessing step at position 1, expected one of images, resampled_images, normalize, "
         "tokenize, got 'crop'; upgrade",
     ):
         Policy.from_pretrained(engine)
