@@ -103,6 +103,10 @@ class Lockstep:
                 yield Call(index, teacher, student)
         self._progress(what, len(frames), len(frames))
 
+    def contexts(self, what: str) -> list[Tensors]:
+        """Return what the teacher knows before sampling, frame by frame."""
+        return [frame.teacher for frame in self._ready_frames(what)]
+
     def first_call(self, stage: str) -> Tensors:
         """Return the teacher's inputs of a stage in the first call on the first frame."""
         frame = self._ready_frames("teacher")[0]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from quantvla.calib_sets import CalibrationSet
 from quantvla.calibrate import collect_statistics
+from quantvla.distillation import VelocityMatching
 from quantvla.families.base import LoadedPolicy, Stage
 from quantvla.float_weights import FloatWeights
 from quantvla.lockstep import Lockstep
-from quantvla.passes.base import WeightStore
+from quantvla.passes.base import Matching, WeightStore
 from quantvla.plan import Plan
 from quantvla.progress import Progress
 from quantvla.quantizer import represented_input
@@ -130,6 +131,10 @@ class CalibrationObserver:
                 for site in own:
                     found[site].add_(teacher[site], student[site])
         return found
+
+    def matching(self, what: str) -> Matching:
+        """Return the comparison of a student's velocities with the teacher's."""
+        return VelocityMatching(self._loaded, self._runs, self._seed, what)
 
     def forward_order(self, sites: Sequence[str]) -> Sequence[str]:
         """Return the sites in the order in which a run reaches them."""

@@ -108,6 +108,7 @@ class Pipeline:
             with atomic_file(floats_file) as partial:
                 save_file(floats.commit(), partial)
             write_atomic(report_file, msgspec.json.encode(report))
+            shutil.rmtree(self.subject.scratch, ignore_errors=True)
         changed = load_file(floats_file)
         floats.load_(changed)
         if step.phase == "correction":

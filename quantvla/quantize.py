@@ -100,7 +100,9 @@ def make_pipeline(
         loaded, plan, calibration, floats, store, seed=seed, work=work, progress=progress
     )
     siblings = {site.name: tuple(sorted((site.name, *site.siblings))) for site in loaded.sites}
-    subject = Subject(loaded.policy, plan, loaded.structure, siblings, floats, store, observer)
+    subject = Subject(
+        loaded.policy, plan, loaded.structure, siblings, floats, store, observer, work / "scratch"
+    )
     return Pipeline(subject, observer, store, check, work, progress)
 
 

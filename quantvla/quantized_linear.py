@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,9 +37,35 @@ class SimulatedLinear(nn.Module):
         self._block, self._inputs, self._static = weight.block, weight.inputs, weight.static
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if self._static is not None:
-            rows = self._static.represented(rows)
-        else:
-            rows = represented_input(rows, self._block, self._inputs)
+        rows = self._represented(x.reshape(-1, x.shape[-1]))
         return functional.linear(rows, self.weight, self.bias).view(*x.shape[:-1], -1)
+
+    def _represented(self, rows: Tensor) -> Tensor:
+        if self._static is not None:
+            return self._static.represented(rows)
+        return represented_input(rows, self._block, self._inputs)
+
+
+class TunableLinear(SimulatedLinear):
+    """A `SimulatedLinear` whose block scales are its one trainable parameter; the codes stay.
+
+    ``ratio`` (out, in / block) multiplies the scales. Rounding of the input passes gradients straight through.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self._untuned = weight
+        self.ratio = nn.Parameter(torch.ones(weight.scales.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        represented = rows + (self._represented(rows.detach()) - rows).detach()
+        blocks = self.weight.view(*self.ratio.shape, self._block) * self.ratio[..., None]
+        return functional.linear(represented, blocks.view_as(self.weight), self.bias).view(
+            *x.shape[:-1], -1
+        )
+
+    def tuned(self) -> QuantizedWeight:
+        """Return the integers with the scales as they are now, in half precision."""
+        scales = (self._untuned.scales.float() * self.ratio.detach()).half()
+        return replace(self._untuned, scales=scales)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from quantvla.runtime.processing_steps import Tokenize
 from quantvla.runtime.sampler import Observer, euler_integrate
 
 Tensors = dict[str, NDArray[Any]]
+Array = TypeVar("Array", NDArray[Any], torch.Tensor)
 
 
 def make_preprocessor(interface: Interface) -> Preprocessor:
@@ -44,12 +45,22 @@ def prepare(preprocess: Preprocessor, observation: Mapping[str, object]) -> Tens
 
 def run_stage(stage: Stage, tensors: Mapping[str, NDArray[Any]]) -> Tensors:
     """Run one stage on named arrays and return its named outputs."""
-    inputs = [torch.from_numpy(np.ascontiguousarray(tensors[spec.name])) for spec in stage.inputs]
+    inputs = {spec.name: as_tensor(tensors[spec.name]) for spec in stage.inputs}
     with torch.inference_mode():
-        outputs = stage.module(*inputs)
+        return {name: value.numpy() for name, value in stage_tensors(stage, inputs).items()}
+
+
+def stage_tensors(stage: Stage, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run one stage on named tensors and return its named outputs; gradients flow where they are asked for."""
+    outputs = stage.module(*(tensors[spec.name] for spec in stage.inputs))
     if isinstance(outputs, torch.Tensor):
         outputs = (outputs,)
-    return {spec.name: value.numpy() for spec, value in zip(stage.outputs, outputs, strict=True)}
+    return {spec.name: value for spec, value in zip(stage.outputs, outputs, strict=True)}
+
+
+def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """Return the array as a tensor, without a copy where it is contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def run_context(loaded: LoadedPolicy, tensors: Mapping[str, NDArray[Any]]) -> Tensors:
@@ -90,17 +101,23 @@ def sample(
     )
 
 
-def stacked(stage: Stage, calls: list[Tensors]) -> list[Tensors]:
-    """Return the calls as one along the stage's batch axes, if it has them."""
+def stacked(stage: Stage, calls: list[dict[str, Array]]) -> list[dict[str, Array]]:
+    """Return the calls (of arrays or of tensors) as one along the stage's batch axes, if it has them."""
     if not stage.batch_axes:
         return calls
     names = [spec.name for spec in stage.inputs]
     return [
         {
-            name: np.concatenate([call[name] for call in calls], axis)
+            name: _joined([call[name] for call in calls], axis)
             for name, axis in zip(names, stage.batch_axes, strict=True)
         }
     ]
+
+
+def _joined(parts: list[Array], axis: int) -> Array:
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts, axis)
+    return np.concatenate(parts, axis)
 
 
 def without_padding(loaded: LoadedPolicy, tensors: Mapping[str, NDArray[Any]]) -> Tensors:

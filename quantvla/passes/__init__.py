@@ -12,7 +12,8 @@ from quantvla.passes.published import Published
 from quantvla.passes.rotate import Rotate
 from quantvla.passes.round_weights import RoundWeights
 from quantvla.passes.smooth import Smooth
+from quantvla.passes.tune_scales import TuneScales
 
 EquivalencePass = FoldNorms | Smooth | Rotate | Permute
-Correction = MatchTemperature | BalanceOutputs | CorrectOutputs
+Correction = MatchTemperature | BalanceOutputs | CorrectOutputs | TuneScales
 Pass = EquivalencePass | RoundWeights | Gptq | Published | Correction

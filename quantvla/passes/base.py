@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
@@ -28,6 +29,14 @@ class WeightStore(Protocol):
     def __contains__(self, site: str) -> bool: ...
     def get(self, site: str) -> QuantizedWeight: ...
     def put(self, site: str, weight: QuantizedWeight) -> None: ...
+
+
+class Matching(Protocol):
+    """How far the policy with some linears replaced is from the teacher, differentiable in what stands there."""
+
+    def loss(self, linears: Mapping[str, nn.Module], draw: int) -> Tensor:
+        """Return the relative squared velocity error on one frame and noise; ``draw`` chooses both."""
+        ...
 
 
 class Observer(Protocol):
@@ -69,6 +78,10 @@ class Observer(Protocol):
         """Return the outputs of these linears per channel; over the first ``frames`` only."""
         ...
 
+    def matching(self, what: str) -> Matching:
+        """Return the comparison of a student's velocities with the teacher's."""
+        ...
+
     def corrected(self) -> None:
         """Take notice that weights the student has were corrected."""
         ...
@@ -83,6 +96,7 @@ class Subject:
     """The policy under the passes: its float modules and structure, its integer weights so far, and eyes.
 
     ``siblings``: for each linear, itself and those that read the same input, sorted.
+    ``scratch``: a directory for what the running pass needs to continue after a kill; emptied when it ends.
     """
 
     policy: nn.Module
@@ -92,6 +106,7 @@ class Subject:
     floats: FloatWeights
     weights: WeightStore
     observer: Observer
+    scratch: Path
 
     @property
     def planned(self) -> dict[str, PlanEntry]:

@@ -39,8 +39,9 @@ def subject_of(
     policy: nn.Module, structure: Structure, observer: Any = None, store: Any = None
 ) -> Subject:
     return Subject(
-        policy, Plan("test", ()), structure, {}, FloatWeights(policy), store or Store(), observer
-    )
+        policy, Plan("test", ()), structure, {}, FloatWeights(policy), store or Store(), observer,
+        Path("unused"),
+    )  # fmt: skip
 
 
 def test_factors_have_a_neutral_band_and_a_bound() -> None:

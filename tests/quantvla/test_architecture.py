@@ -19,6 +19,7 @@ LAYERS = {
         "quantvla.runtime",
         "quantvla.plan",
         "quantvla.progress",
+        "quantvla.quantized_linear",
         "quantvla.quantizer",
         "quantvla.second_order",
         "quantvla.float_weights",
