@@ -26,6 +26,7 @@ from tables import (
     table,
 )
 
+from quantvla.fidelity.action_error import SWITCHED
 from quantvla.fidelity.compare import Comparison, Reference
 from quantvla.recipe import bundled_recipes
 from quantvla.report.comparison import comparison_png
@@ -36,7 +37,7 @@ HERE = Path(__file__).parent
 TEMPLATE = HERE / "page.md.jinja"
 ORDER = (
     REFERENCE, "rtn-w4a8", "layout-w4a8", "transform-w4a8", "atm-w4a8", "ohb-w4a8", "quantvla-w4a8",
-    "published", "w4a8", "best-w4a8", "all-w4a8", "smoothquant-w8a8", "awq-w4a16", "int8", "vision8", "w4a8-vision8", "w4a8-fast",
+    "published", "w4a8", "gptq-w4a8", "best-w4a8", "all-w4a8", "smoothquant-w8a8", "awq-w4a16", "int8", "vision8", "w4a8-vision8", "w4a8-fast",
 )  # fmt: skip
 """The float policy, the ablation of the published method, then the rivals; arms that are not named come last."""
 
@@ -98,6 +99,7 @@ def page(
         errors="" if result is None else table(records, error_columns(result.dimensions)),
         distribution=table(records, DISTRIBUTION_COLUMNS),
         beds={bed: loop_table(records, bed) for bed in ("reference", "hard")},
+        switched=f"{100 * SWITCHED:.0f}",
         sweep=sweep,
         sweep_change=None if sweep is None else _change(sweep),
         sweep_success=None if sweep is None else format_success(sweep.chosen),

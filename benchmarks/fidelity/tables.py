@@ -161,6 +161,8 @@ def error_columns(dimensions: Sequence[str]) -> tuple[tuple[str, Cell], ...]:
         ("bits", _bits),
         ("engine MB", _engine),
         ("action error", _error(2, lambda c: c.result and c.result.error.nrmse)),
+        ("median chunk", _error(2, lambda c: c.result and c.result.error.nrmse_median)),
+        ("switched", _error(1, lambda c: c.result and c.result.error.switched)),
         ("executed steps", _error(2, lambda c: c.result and c.result.error.nrmse_executed)),
         (f"% by dimension ({', '.join(dimensions)})", _per_dimension),
         ("cosine mean / p5 / min", _cosines),

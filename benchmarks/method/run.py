@@ -1,6 +1,6 @@
-"""What each pass brings: recipes and variants of `best-w4a8`, paired action error on held-out frames.
+"""What each pass brings: recipes and variants of `gptq-w4a8`, paired action error on held-out frames.
 
-    python benchmarks/method/run.py                       # all, about an hour on two cores
+    python benchmarks/method/run.py                       # all, a few hours on two cores
     python benchmarks/method/run.py rtn-w4a8 best-w4a8    # some
     python benchmarks/method/run.py --table               # the table of docs/method.md
 
@@ -25,7 +25,7 @@ from quantvla.checkpoint import load_quantized
 from quantvla.cli.progress import progress_bar
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
-from quantvla.fidelity.action_error import relative_rms
+from quantvla.fidelity.action_error import action_error
 from quantvla.fidelity.trajectories import staged_trajectories
 from quantvla.passes import (
     BalanceOutputs,
@@ -36,7 +36,9 @@ from quantvla.passes import (
     Pass,
     Permute,
     Rotate,
+    RoundWeights,
     Smooth,
+    TuneScales,
 )
 from quantvla.quantize import quantize
 from quantvla.recipe import Recipe, read_recipe
@@ -45,61 +47,66 @@ from quantvla.runtime.files import sha256_tree, write_atomic
 HERE = Path(__file__).parent
 RECIPES = (
     "rtn-w4a8", "w4a8", "layout-w4a8", "atm-w4a8", "ohb-w4a8", "transform-w4a8", "quantvla-w4a8",
-    "best-w4a8", "all-w4a8", "smoothquant-w8a8", "awq-w4a16", "published",
+    "gptq-w4a8", "best-w4a8", "all-w4a8", "smoothquant-w8a8", "awq-w4a16", "published",
 )  # fmt: skip
-_GPTQ = next(step for step in read_recipe("best-w4a8").passes if isinstance(step, Gptq))
+_GPTQ = next(step for step in read_recipe("gptq-w4a8").passes if isinstance(step, Gptq))
 VARIANTS: dict[str, tuple[Pass, ...]] = {
-    "best, target = weight": (msgspec.structs.replace(_GPTQ, target="weight"),),
-    "best, tokens = equal": (msgspec.structs.replace(_GPTQ, tokens="equal"),),
-    "best, target = weight, tokens = equal": (
+    "gptq, target = weight": (msgspec.structs.replace(_GPTQ, target="weight"),),
+    "gptq, tokens = equal": (msgspec.structs.replace(_GPTQ, tokens="equal"),),
+    "gptq, target = weight, tokens = equal": (
         msgspec.structs.replace(_GPTQ, target="weight", tokens="equal"),
     ),
-    "best, dynamic = false": (msgspec.structs.replace(_GPTQ, dynamic=False),),
-    "best, polish = 2": (msgspec.structs.replace(_GPTQ, polish=2),),
-    "best, step = input": (msgspec.structs.replace(_GPTQ, step="input"),),
-    "best, step = stage": (msgspec.structs.replace(_GPTQ, step="stage"),),
-    "smooth + best": (Smooth(), _GPTQ),
-    "rotate + best": (FoldNorms(), Rotate(), _GPTQ),
-    "permute + best": (Permute(), _GPTQ),
-    "best + atm + ohb": (_GPTQ, MatchTemperature(), BalanceOutputs()),
-    "best + correct_output": (_GPTQ, CorrectOutputs()),
+    "gptq, dynamic = false": (msgspec.structs.replace(_GPTQ, dynamic=False),),
+    "gptq, polish = 2": (msgspec.structs.replace(_GPTQ, polish=2),),
+    "gptq, step = input": (msgspec.structs.replace(_GPTQ, step="input"),),
+    "gptq, step = stage": (msgspec.structs.replace(_GPTQ, step="stage"),),
+    "smooth + gptq": (Smooth(), _GPTQ),
+    "rotate + gptq": (FoldNorms(), Rotate(), _GPTQ),
+    "permute + gptq": (Permute(), _GPTQ),
+    "gptq + atm + ohb": (_GPTQ, MatchTemperature(), BalanceOutputs()),
+    "gptq + correct_output": (_GPTQ, CorrectOutputs()),
+    "rtn + tune_scales": (RoundWeights(weighting="none", scales="largest"), TuneScales()),
 }
 
 
 class Arm(msgspec.Struct, frozen=True):
-    """One arm: relative action error, what it stores, what it took, what was folded and corrected."""
+    """One arm: relative action error of all chunks and of the median one, what it stores, what it took, what was folded and corrected."""
 
     nrmse: float
+    nrmse_median: float
     nrmse_per_dimension: tuple[float, ...]
     effective_bits: float
     quantize_cpu_s: float | None
     checkpoint_sha256: str
     frames: int
     heldout_frames: int
+    noises: int
     factors: dict[str, tuple[tuple[float, ...], ...]] = {}
     notes: tuple[str, ...] = ()
 
 
 def recipe_of(name: str) -> Recipe:
-    """Return a bundled recipe, or ``best-w4a8`` with a variant's passes."""
+    """Return a bundled recipe, or ``gptq-w4a8`` with a variant's passes."""
     if name not in VARIANTS:
         return read_recipe(name)
-    return msgspec.structs.replace(read_recipe("best-w4a8"), name=name, passes=VARIANTS[name])
+    return msgspec.structs.replace(read_recipe("gptq-w4a8"), name=name, passes=VARIANTS[name])
 
 
-def chunks(loaded: LoadedPolicy, heldout: CalibrationSet, what: str) -> NDArray[np.float32]:
-    """Return the policy's chunk for every held-out frame and its noise: (frames, horizon, dim), normalized."""
+def chunks(
+    loaded: LoadedPolicy, heldout: CalibrationSet, noises: int, what: str
+) -> NDArray[np.float32]:
+    """Return the policy's chunks for every held-out frame and its noises: (frames * noises, horizon, dim), normalized."""
     shape = loaded.interface.sampler.noise_shape
-    noises = [frame_noise(0, index, shape) for index in range(len(heldout))]
-    frames = [frame.observation for frame in heldout]
+    drawn = [frame_noise(seed, i, shape) for i in range(len(heldout)) for seed in range(noises)]
+    frames = [frame.observation for frame in heldout for _ in range(noises)]
     with progress_bar() as progress:
-        found = staged_trajectories(loaded, frames, noises, what, progress)
+        found = staged_trajectories(loaded, frames, drawn, what, progress)
     return np.stack([trajectory.chunk for trajectory in found])
 
 
 def measure(
     name: str, policy: Path, calibration: CalibrationSet, heldout: CalibrationSet,
-    reference: NDArray[np.float32], work: Path,
+    reference: NDArray[np.float32], noises: int, work: Path,
 ) -> Arm:  # fmt: skip
     """Quantize with one recipe and compare."""
     started = time.process_time()
@@ -109,12 +116,13 @@ def measure(
             policy, calibration, recipe_of(name), output, overwrite=True, progress=progress
         )
     took = time.process_time() - started
-    found = chunks(load_quantized(output)[0], heldout, name)
+    found = chunks(load_quantized(output)[0], heldout, noises, name)
+    error = action_error(found, reference, execute=found.shape[1])
     bits = sum(8 * entry.bytes_after for entry in result.plan.quantized)
     weights = sum(entry.out_features * entry.in_features for entry in result.plan.quantized)
     return Arm(
-        nrmse=relative_rms(found, reference, axes=(0, 1, 2))[0],
-        nrmse_per_dimension=relative_rms(found, reference, axes=(0, 1)),
+        nrmse=error.nrmse, nrmse_median=error.nrmse_median,
+        nrmse_per_dimension=error.nrmse_per_dimension, noises=noises,
         effective_bits=bits / weights, quantize_cpu_s=round(took, 1),
         checkpoint_sha256=sha256_tree(policy), frames=len(calibration), heldout_frames=len(heldout),
         factors={
@@ -127,20 +135,26 @@ def measure(
 
 def table(kept: dict[str, Arm]) -> str:
     """Return the results as a Markdown table, in the order of recipes and variants."""
-    nearest = kept["rtn-w4a8"].nrmse if "rtn-w4a8" in kept else float("nan")
+    nearest = kept.get("rtn-w4a8")
     lines = [
-        "| recipe or variant | action error | against rtn-w4a8 | bits a weight | frames | quantize, CPU s |",
-        "|---|---|---|---|---|---|",
+        "| recipe or variant | action error | median chunk | both against rtn-w4a8 | bits a weight | frames | quantize, CPU s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in (*RECIPES, *VARIANTS):
         if name in kept:
             arm = kept[name]
             lines.append(
-                f"| {name} | {arm.nrmse:.2%} | {arm.nrmse / nearest:.2f} | "
+                f"| {name} | {arm.nrmse:.2%} | {arm.nrmse_median:.2%} | {_ratios(arm, nearest)} | "
                 f"{arm.effective_bits:.2f} | {arm.frames} | "
                 f"{'-' if arm.quantize_cpu_s is None else round(arm.quantize_cpu_s)} |"
             )
     return "\n".join(lines)
+
+
+def _ratios(arm: Arm, nearest: Arm | None) -> str:
+    if nearest is None:
+        return "-"
+    return f"{arm.nrmse / nearest.nrmse:.2f} / {arm.nrmse_median / nearest.nrmse_median:.2f}"
 
 
 def read_results(path: Path) -> dict[str, Arm]:
@@ -155,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policy", type=Path, default=Path("examples/metaworld/policy"))
     parser.add_argument("--calib", type=Path, default=Path("calib_sets/metaworld"))
     parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--noises", type=int, default=4, help="chunks per held-out frame")
     parser.add_argument("--work", type=Path, default=Path("build/method"))
     parser.add_argument("-o", "--output", type=Path, default=HERE / "result.json")
     parser.add_argument("--table", action="store_true", help="print the results so far")
@@ -164,11 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     source = limit(open_set(options.calib), frames=options.frames)
     heldout = source.part("heldout")
-    reference = chunks(load_policy(options.policy), heldout, "float policy")
+    reference = chunks(load_policy(options.policy), heldout, options.noises, "float policy")
     for name in options.arms or (*RECIPES, *VARIANTS):
         arm = measure(
-            name, options.policy, source.part("calibration"), heldout, reference, options.work
-        )
+            name, options.policy, source.part("calibration"), heldout, reference, options.noises,
+            options.work,
+        )  # fmt: skip
         kept = {**read_results(options.output), name: arm}
         encoded = msgspec.json.format(msgspec.json.encode(kept), indent=1)
         write_atomic(options.output, encoded + b"\n")

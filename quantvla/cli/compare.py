@@ -105,6 +105,8 @@ def _paired(result: Comparison) -> Table:
     columns = (
         "arm",
         "error",
+        "median",
+        "switched",
         "executed",
         *result.dimensions,
         "cosine mean",
@@ -120,7 +122,8 @@ def _paired(result: Comparison) -> Table:
         per_dimension = (f"{value:.2%}" for value in error.nrmse_per_dimension)
         cosines = (f"{v:.5f}" for v in (error.cosine_mean, error.cosine_p5, error.cosine_min))
         table.add_row(
-            name, f"{error.nrmse:.2%}", f"{error.nrmse_executed:.2%}", *per_dimension, *cosines, flips
+            name, f"{error.nrmse:.2%}", f"{error.nrmse_median:.2%}", f"{error.switched:.1%}",
+            f"{error.nrmse_executed:.2%}", *per_dimension, *cosines, flips,
         )  # fmt: skip
     return table
 

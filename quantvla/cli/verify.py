@@ -15,6 +15,7 @@ from quantvla.calib_sets import limit, open_set
 from quantvla.calib_sets.bundled import bundled_set
 from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
+from quantvla.fidelity.action_error import SWITCHED
 from quantvla.runtime.manifest import read_manifest
 
 FAILED = 1
@@ -129,6 +130,11 @@ def _print(report: verification.VerifyReport) -> None:
     table.add_row(
         "quantization: relative action error, whole chunk / executed steps",
         f"{error.nrmse:.3%} / {error.nrmse_executed:.3%}",
+        "",
+    )
+    table.add_row(
+        f"  median chunk / chunks that err by more than {SWITCHED:.0%}",
+        f"{error.nrmse_median:.3%} / {error.switched:.1%}",
         "",
     )
     if error.gripper_flips is not None:

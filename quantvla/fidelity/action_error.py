@@ -18,6 +18,8 @@ from quantvla.runtime.processing_steps import FeatureStatistics
 Array = NDArray[np.float32]
 _TINY = 1e-12
 _GRIPPER = "gripper"
+SWITCHED = 0.1
+"""A chunk whose error is a tenth of the actions' RMS has gone another way, it is not the same motion rounded."""
 FLIP_MARGIN = 0.25
 """A quarter of the recorded standard deviation: commands that rest at the midpoint cross it without meaning it."""
 
@@ -32,6 +34,9 @@ class Gripper(msgspec.Struct, frozen=True):
 class ActionError(msgspec.Struct, frozen=True, kw_only=True):
     """Paired error of action chunks. ``nrmse``: RMS error over the RMS of the reference's actions.
 
+    A few chunks in which a policy with several ways to act takes another one can make most of it; so
+    ``nrmse_median`` is the error of the median chunk over the same RMS, and ``switched`` the share of
+    chunks that err by more than `SWITCHED` of it.
     ``nrmse_executed`` looks at the steps that are run before the next chunk only. Cosines are of
     whole chunks. ``gripper_flips``: share of executed steps on which one policy opens and the
     other closes the gripper (see `gripper_flips`); None where no dimension is known to be one.
@@ -41,6 +46,8 @@ class ActionError(msgspec.Struct, frozen=True, kw_only=True):
     cosine_p5: float
     cosine_min: float
     nrmse: float
+    nrmse_median: float
+    switched: float
     nrmse_executed: float
     nrmse_per_dimension: tuple[float, ...]
     max_abs: float
@@ -52,17 +59,28 @@ def action_error(
 ) -> ActionError:
     """Return the error of ``found`` against ``reference``, both (samples, horizon, dim)."""
     cosine = chunk_cosines(found, reference)
+    each = chunk_errors(found, reference)
     run, run_reference = found[:, :execute], reference[:, :execute]
     return ActionError(
         cosine_mean=float(cosine.mean()),
         cosine_p5=float(np.percentile(cosine, 5)),
         cosine_min=float(cosine.min()),
         nrmse=relative_rms(found, reference, axes=(0, 1, 2))[0],
+        nrmse_median=float(np.median(each)),
+        switched=float((each > SWITCHED).mean()),
         nrmse_executed=relative_rms(run, run_reference, axes=(0, 1, 2))[0],
         nrmse_per_dimension=relative_rms(found, reference, axes=(0, 1)),
         max_abs=float(np.abs(found - reference).max()),
         gripper_flips=None if gripper is None else gripper_flips(run, run_reference, gripper),
     )
+
+
+def chunk_errors(found: Array, reference: Array) -> NDArray[np.float64]:
+    """Return the RMS error of every chunk over the RMS of all of the reference's actions: (samples,)."""
+    error = np.square(found.astype(np.float64) - reference).mean((1, 2))
+    scale = np.square(reference.astype(np.float64)).mean()
+    errors: NDArray[np.float64] = np.sqrt(error / np.maximum(scale, _TINY))
+    return errors
 
 
 def chunk_cosines(found: Array, reference: Array) -> NDArray[np.float64]:

@@ -45,4 +45,5 @@ def test_arms_are_measured_kept_and_shown(
     capsys.readouterr()
     script.main(["--table", *common])
     shown = capsys.readouterr().out
-    assert "| rtn-w4a8 |" in shown and "| 1.00 | 4.50 |" in shown
+    assert "| rtn-w4a8 |" in shown and "| 1.00 / 1.00 | 4.50 |" in shown
+    assert 0 < four.nrmse_median <= 2 * four.nrmse

@@ -90,12 +90,12 @@ def test_second_order_rounding_is_closer_than_nearest(
     checkpoint: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
     errors, frames = {}, open_set(tiny_set)
-    for recipe in ("best-w4a8", "rtn-w4a8"):
+    for recipe in ("gptq-w4a8", "rtn-w4a8"):
         result = quantize(checkpoint, frames, read_recipe(recipe), tmp_path / recipe)
         sites = [site for report in result.reports for site in report.sites]
         assert {site.site for site in sites} == {entry.site for entry in result.plan.quantized}
         errors[recipe] = np.mean([site.relative_output_error for site in sites])
-    assert errors["best-w4a8"] < errors["rtn-w4a8"]
+    assert errors["gptq-w4a8"] < errors["rtn-w4a8"]
 
 
 def test_a_quantized_checkpoint_carries_all_that_loading_it_needs(

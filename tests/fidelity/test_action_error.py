@@ -45,6 +45,14 @@ def test_an_error_in_one_dimension_and_after_the_executed_steps() -> None:
     assert error.cosine_min <= error.cosine_p5 <= error.cosine_mean < 1
 
 
+def test_one_chunk_that_goes_another_way_makes_the_error_and_not_the_median() -> None:
+    found = 1.001 * chunks()
+    found[3] = -found[3]
+    error = action_error(found, chunks(), execute=4)
+    assert error.switched == 1 / 20
+    assert error.nrmse > 0.3 and error.nrmse_median < 0.002
+
+
 def test_gripper_flips_are_a_share_of_the_executed_steps() -> None:
     reference = np.zeros((1, 8, 3), np.float32)
     reference[..., 2] = 0.7
