@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 from random_observations import random_observation
 
 from quantvla.calib_sets import CalibrationSet, open_set
@@ -16,6 +18,7 @@ from quantvla.export.engine import export_engine
 from quantvla.export.integers import integer_sites
 from quantvla.families import load_policy
 from quantvla.float_policy import FloatPolicy
+from quantvla.passes import TuneScales
 from quantvla.quantize import quantize
 from quantvla.quantized_linear import QuantizedLinear
 from quantvla.recipe import read_recipe
@@ -96,6 +99,27 @@ def test_second_order_rounding_is_closer_than_nearest(
         assert {site.site for site in sites} == {entry.site for entry in result.plan.quantized}
         errors[recipe] = np.mean([site.relative_output_error for site in sites])
     assert errors["gptq-w4a8"] < errors["rtn-w4a8"]
+
+
+def test_scales_are_tuned_through_every_stage(
+    checkpoint: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    base = read_recipe("rtn-w4a8")
+    tuning = msgspec.structs.replace(
+        base, name="tuned", passes=(*base.passes, TuneScales(steps=2, rate=1e-2))
+    )
+    frames = open_set(tiny_set)
+    for recipe in (base, tuning):
+        quantize(checkpoint, frames, recipe, tmp_path / recipe.name)
+    before, after = (
+        dict(load_quantized(tmp_path / recipe.name)[0].policy.named_modules())
+        for recipe in (base, tuning)
+    )
+    for entry in read_card(tmp_path / "tuned").plan.quantized:
+        old, new = before[entry.site], after[entry.site]
+        assert isinstance(old, QuantizedLinear) and isinstance(new, QuantizedLinear)
+        assert torch.equal(old.quantized.codes, new.quantized.codes)
+        assert not torch.equal(old.quantized.scales, new.quantized.scales), entry.site
 
 
 def test_a_quantized_checkpoint_carries_all_that_loading_it_needs(
