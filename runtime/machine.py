@@ -10,6 +10,7 @@ from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CPUINFO = Path("/proc/cpuinfo")
+_VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
@@ -54,13 +55,30 @@ def _quota_cores() -> int:
         return 1 << 20
 
 
-def processor() -> str:
-    """Return the processor's name, on x86 Linux with family, model and stepping: virtual ones share names."""
+def _cpu_fields() -> dict[str, str]:
+    """Return what the system says of the first processor, nothing where there is no /proc/cpuinfo."""
     try:
         lines = _CPUINFO.read_text().split("\n\n")[0].splitlines()
     except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+
+
+def saturates_u8s8() -> bool:
+    """Return whether sums of uint8 by int8 products may saturate here: x86 without VNNI, or unknown x86.
+
+    There two such products are added in 16 bits (``vpmaddubsw``); VNNI and ARM add in 32 bits.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return _VNNI.isdisjoint(_cpu_fields().get("flags", "").split())
+
+
+def processor() -> str:
+    """Return the processor's name, on x86 Linux with family, model and stepping: virtual ones share names."""
+    fields = _cpu_fields()
+    if not fields:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     name = fields.get("model name") or platform.machine()
     numbers = [fields[key] for key in ("cpu family", "model", "stepping") if key in fields]
     return f"{name} ({'/'.join(numbers)})" if numbers else name

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from quantvla.runtime import kernels
 from quantvla.runtime.errors import explain
+from quantvla.runtime.machine import saturates_u8s8
 from quantvla.runtime.manifest import StageSpec, TensorSpec
 
 _DTYPES = {
@@ -71,9 +72,6 @@ class OnnxRuntimeBackend:
         # Threads spin while their stage runs, and stop when it ends: the stages have a pool each,
         # and idle ones must not take the cores from the running one or from the robot's own code.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # x86 without VNNI adds products of uint8 and int8 in 16 bits, which saturates: trade speed for
-        # the right numbers there. Elsewhere it changes nothing.
-        options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=[self.provider]
@@ -98,14 +96,17 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(session, stage)
 
     def versions(self) -> dict[str, str]:
-        """Return the version of ONNX Runtime."""
+        """Return the version of ONNX Runtime and what runs integer linears; that decides how long they take."""
         import onnxruntime
 
         found = kernels.available()
-        return {
+        versions = {
             "onnxruntime": onnxruntime.__version__,
             "kernels": f"{found.describe()} {found.version}".strip(),
         }
+        if saturates_u8s8():
+            versions["u8s8"] = "as u8u8: no VNNI, sums of uint8 by int8 would saturate; slower"
+        return versions
 
 
 class OnnxRuntimeSession:

@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantvla.runtime.machine import saturates_u8s8
+
 if TYPE_CHECKING:
     from quantvla.runtime.manifest import StageSpec
 
@@ -75,11 +77,21 @@ def graph_file(stage: StageSpec) -> str:
     return stage.native if stage.native and available().library is not None else stage.file
 
 
+SATURATION_SAFE = "session.x64quantprecision"
+"""ONNX Runtime's setting that turns int8 weights into uint8 on x86, whose products no kernel saturates."""
+
+
 def session_options() -> Any:
-    """Return ONNX Runtime's session options with the own operators registered where there are any."""
+    """Return ONNX Runtime's session options for right integer sums, own operators registered where there are any.
+
+    `SATURATION_SAFE` is set only where `saturates_u8s8`: the uint8 kernels it leads to take 2.4 to 3.2
+    times as long as those with VNNI (measured with 1.32 on Zen 4, for the same numbers).
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if saturates_u8s8():
+        options.add_session_config_entry(SATURATION_SAFE, "1")
     found = available()
     if found.library is not None:
         options.register_custom_ops_library(str(found.library))

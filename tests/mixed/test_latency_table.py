@@ -8,7 +8,15 @@ import pytest
 
 from quantvla.mixed import profile
 from quantvla.mixed.cache import cache_directory
-from quantvla.mixed.latency import Kernel, KernelTime, Machine, TableFile, read_table
+from quantvla.mixed.latency import (
+    TABLE_VERSION,
+    Kernel,
+    KernelTime,
+    LatencyTable,
+    Machine,
+    TableFile,
+    read_table,
+)
 from quantvla.mixed.profile import measure, measure_missing, this_machine
 from quantvla.runtime.errors import QuantVLAError
 
@@ -85,6 +93,12 @@ def test_damaged_and_absent_tables(tmp_path: Path) -> None:
     file = TableFile(tmp_path, HERE)
     file.path.write_text("{")
     with pytest.raises(QuantVLAError, match="not a latency table of this version"):
+        file.read()
+    older = LatencyTable(version=TABLE_VERSION - 1, machine=HERE, times=())
+    file.write(older)
+    with pytest.raises(
+        QuantVLAError, match=r"not a latency table of this version \(version \d, exp"
+    ):
         file.read()
     with pytest.raises(QuantVLAError, match=r"absent\.json: no such file"):
         read_table(tmp_path / "absent.json", HERE)
