@@ -37,9 +37,9 @@ class TuneScales(
     """
 
     phase: ClassVar[Kind] = "correction"
-    steps: Annotated[int, msgspec.Meta(ge=1)] = 600
-    rate: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 2e-3
-    batch: Annotated[int, msgspec.Meta(ge=1)] = 1
+    steps: Annotated[int, msgspec.Meta(ge=1)] = 400
+    rate: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-3
+    batch: Annotated[int, msgspec.Meta(ge=1)] = 8
 
     def __call__(self, subject: Subject, progress: Progress) -> PassReport:
         """Train the scales of every planned linear and keep them in half precision."""

@@ -106,7 +106,7 @@ def test_scales_are_tuned_through_every_stage(
 ) -> None:
     base = read_recipe("rtn-w4a8")
     tuning = msgspec.structs.replace(
-        base, name="tuned", passes=(*base.passes, TuneScales(steps=2, rate=1e-2))
+        base, name="tuned", passes=(*base.passes, TuneScales(steps=2, rate=1e-2, batch=1))
     )
     frames = open_set(tiny_set)
     for recipe in (base, tuning):

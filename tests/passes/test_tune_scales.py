@@ -21,7 +21,7 @@ from quantvla.recipe import Recipe, read_recipe
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_tree
 
-TUNE = TuneScales(steps=40, rate=5e-3)
+TUNE = TuneScales(steps=40, rate=5e-3, batch=1)
 
 
 def recipe(*passes: Pass) -> Recipe:
