@@ -144,9 +144,9 @@ def quantize_activation(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     blocks = x.float().view(tokens, columns // block, block)
     largest = blocks.abs().amax(-1)
     scale = largest / INT8_MAX
-    inverse = torch.where(
-        largest > 0, INT8_MAX / largest, 0.0
-    )  # as the kernel does it, to the last bit
+    # One division, as kernels do it: torch makes ``127 / x`` of a reciprocal and a product, and the last
+    # bit of the difference moves an activation near a rounding boundary to the other code.
+    inverse = torch.where(largest > 0, torch.full_like(largest, INT8_MAX) / largest, 0.0)
     codes = (blocks * inverse[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
     return codes, scale
 

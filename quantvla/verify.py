@@ -5,8 +5,9 @@
   input; what the kernels add. Whole chunks are compared too, where the quantized checkpoint is given
   (its float rest may carry folds), but there a float difference of 1e-6 upstream moves some
   activations to the neighbouring int8 code, in any two correct programs (benchmarks/kernel_fidelity), so
-  that the bound on chunks is a share of the quantization error, or, where that error is itself small,
-  the bound of a kernel on their relative RMS.
+  that the bound on chunks is a share of the quantization error, or the bound of a kernel on their relative
+  RMS, or twice what the engine's own velocities change by when its inputs change in the last bits: with
+  8-bit weights rounding activations is most of the quantization error, and no share of it.
 - quantization: engine against the float policy; what the integers cost
 
 An engine for a GPU target is run by ONNX Runtime on the CPU, node by node: the numbers of its graphs, 4-bit
@@ -37,7 +38,6 @@ from quantvla.export.nvfp4_unfused import unfuse_file
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.fidelity.action_error import (
-    ActionError,
     Gripper,
     action_error,
     find_gripper,
@@ -69,91 +69,17 @@ from quantvla.runtime.processing_steps import command_statistics
 from quantvla.runtime.site_formats import read_formats
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 from quantvla.schedule import resampled
+from quantvla.verify_report import (
+    DEFAULT_THRESHOLDS,
+    KernelError,
+    MaxError,
+    QuantizationError,
+    Thresholds,
+    VerifyReport,
+)
+from quantvla.verify_rounding import RoundingResponse, rounding_response
 
 Array = NDArray[np.float32]
-
-
-class Thresholds(msgspec.Struct, frozen=True):
-    """What counts as passed. Cosine only catches broken engines; success in closed loop decides.
-
-    Whole chunks pass with a ``share`` of at most ``kernel_share`` or a ``chunk_nrmse`` of at most
-    ``kernel``: one of the two is enough.
-    """
-
-    parity: float = 1e-4
-    kernel: float = 1e-3
-    kernel_share: float = 0.2
-    cosine_mean: float = 0.98
-
-
-DEFAULT_THRESHOLDS = Thresholds()
-
-
-class MaxError(msgspec.Struct, frozen=True):
-    """Largest absolute difference of a normalized action."""
-
-    max_abs: float
-
-
-class KernelError(msgspec.Struct, frozen=True):
-    """Engine against reference of the same integers.
-
-    ``max_abs``: largest difference of a kernel's output on the same input, over the largest
-    magnitude of that output (of a float engine's normalized action), null for a GPU target, whose
-    kernels are not run. ``chunk_max_abs``,
-    ``chunk_nrmse``: of whole normalized chunks, each program with its own roundings;
-    ``share``: ``chunk_nrmse`` over the quantization error. Null where chunks were not compared.
-    """
-
-    max_abs: float | None
-    chunk_max_abs: float | None
-    chunk_nrmse: float | None
-    share: float | None
-
-    def chunk_limits_kept(self, limits: Thresholds) -> tuple[str, ...] | None:
-        """Return the names of the limits on whole chunks that are kept; None where none applies."""
-        if self.share is None or self.chunk_nrmse is None:
-            return None
-        kept = {
-            "kernel_share": self.share <= limits.kernel_share,
-            "kernel": self.chunk_nrmse <= limits.kernel,
-        }
-        return tuple(name for name, holds in kept.items() if holds)
-
-
-class QuantizationError(ActionError, frozen=True, kw_only=True):
-    """Engine against float policy. ``velocity_*``: relative error of the velocity at each denoise
-    step, on the float policy's trajectory or on the engine's own.
-    """
-
-    velocity_teacher_forced: tuple[float, ...]
-    velocity_free_running: tuple[float, ...]
-
-
-class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of a verification.
-
-    ``failed``: the parts beyond their thresholds (``parity``, ``kernel``, ``kernel chunks``,
-    ``quantization``). ``chunk_limits_kept``: which of ``kernel_share`` and ``kernel`` whole chunks
-    keep, one is enough; null where chunks were not compared or the engine has no integers.
-    ``schedule_nrmse``: relative error of the float policy at the engine's times of denoising against its
-    own; null where they are the same. Engine and reference then both run at the engine's.
-    """
-
-    passed: bool = msgspec.field(name="pass")
-    failed: tuple[str, ...]
-    chunk_limits_kept: tuple[str, ...] | None
-    parity: MaxError
-    kernel: KernelError
-    quantization: QuantizationError
-    thresholds: Thresholds
-    frames: int
-    set: str
-    seed: int
-    integer_sites: int
-    integer_bytes: int
-    half_bytes: int
-    schedule_nrmse: float | None
 
 
 def verify(
@@ -203,7 +129,7 @@ def verify(
             schedule_nrmse = relative_rms(found, np.stack(exact), axes=(0, 1, 2))[0]
             exact = [t.chunk for t in floats]
         teacher = engine_velocities(policy, frames, floats, "engine, teacher-forced", progress)
-        integer = None
+        integer, noise_floor = None, None
         if not on_gpu and (quantized is not None or not integers):
             same = (
                 reference
@@ -211,6 +137,8 @@ def verify(
                 else resampled(_same_integers(engine, quantized, integers), manifest.sampler)
             )
             integer = staged_trajectories(same, frames, noises, "integer reference", progress)
+            if integers:
+                noise_floor = rounding_response(policy, frames, integer, seed, progress)
         kernels = kernel_errors(engine, policy, integers, frames, ours, progress)
     gripper = _gripper(heldout, manifest)
     quantization = _quantization_error(
@@ -219,7 +147,7 @@ def verify(
     kernel = (
         KernelError(None, None, None, None)
         if on_gpu
-        else _kernel_error(ours, integer, kernels, quantization)
+        else _kernel_error(ours, integer, kernels, quantization, noise_floor)
     )
     memory = _target_memory(engine, loaded) if on_gpu else _memory(integers)
     failed = _failed(parity, kernel, quantization, thresholds)
@@ -336,6 +264,7 @@ def _kernel_error(
     integer: Sequence[Trajectory] | None,
     kernels: Sequence[float],
     quantization: QuantizationError,
+    noise_floor: RoundingResponse | None,
 ) -> KernelError:
     if integer is None:
         return KernelError(max(kernels), None, None, None)
@@ -347,6 +276,8 @@ def _kernel_error(
         chunk_max_abs=chunk_max,
         chunk_nrmse=nrmse,
         share=nrmse / max(quantization.nrmse, 1e-12) if kernels else None,
+        velocity_nrmse=None if noise_floor is None else noise_floor.reference_nrmse,
+        rounding_nrmse=None if noise_floor is None else noise_floor.rounding_nrmse,
     )
 
 

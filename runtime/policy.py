@@ -206,6 +206,13 @@ class Policy(SteppedPolicy):
             self._reuse.see(obs)
         return self._engine.prepare(inputs, self._reuse)
 
+    def run_context(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the stages before the sampler on what ``preprocessor`` made; returns every tensor by name.
+
+        Nothing is taken from earlier chunks.
+        """
+        return self._engine.prepare(inputs)
+
     def velocity(self, tensors: Tensors, x: FloatArray, t: float) -> FloatArray:
         """Return the velocity at ``x`` and time ``t``, teacher-forced; ``tensors`` from `prepare`.
 

@@ -26,7 +26,8 @@ from quantvla.report.structure import ChunkExample
 from quantvla.runtime.bench import BenchReport, bench
 from quantvla.runtime.files import sha256_tree, write_atomic
 from quantvla.steps import FinishedStep, Step, StepRunner
-from quantvla.verify import VerifyReport, verify
+from quantvla.verify import verify
+from quantvla.verify_report import VerifyReport
 
 STEPS = 9
 RECIPE = "w4a8"

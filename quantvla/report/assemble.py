@@ -32,7 +32,7 @@ from quantvla.report.structure import (
 )
 from quantvla.runtime.bench import BenchReport
 from quantvla.steps import FinishedStep
-from quantvla.verify import VerifyReport
+from quantvla.verify_report import VerifyReport
 from quantvla.versions import compiler_versions
 
 _HALF_BYTES, _SINGLE_BYTES = 2, 4

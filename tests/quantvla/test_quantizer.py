@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,19 @@ def test_activation_error_is_at_most_half_a_step() -> None:
     restored = codes * scale[..., None]
     assert bool(((restored - x.view(5, 2, 32)).abs() <= scale[..., None] / 2 + 1e-6).all())
     assert codes.abs().max() <= 127
+
+
+def test_activations_near_a_rounding_boundary_get_the_codes_of_one_division() -> None:
+    """Kernels compute ``x * (127 / largest)`` in float32; an inverse that is off in its last bit gives other codes."""
+    rng = np.random.default_rng(0)
+    largest = rng.uniform(0.1, 20, 500).astype(np.float32)
+    inverse = np.float32(127) / largest
+    x = ((rng.integers(-127, 127, (500, 31)) + 0.5) / inverse[:, None]).astype(np.float32)
+    x = np.concatenate([x, largest[:, None]], axis=1)
+    codes, scale = quantize_activation(torch.from_numpy(x), 32)
+    expected = np.clip(np.rint(x * inverse[:, None]), -127, 127)
+    assert np.array_equal(codes.numpy()[:, 0], expected)
+    assert np.array_equal(scale.numpy()[:, 0], largest / np.float32(127))
 
 
 def test_integer_linear_is_the_product_of_the_dequantized_factors() -> None:

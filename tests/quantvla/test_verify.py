@@ -12,12 +12,26 @@ from quantvla.calib_sets import open_set
 from quantvla.cli.verify import verify as command
 from quantvla.export.engine import export_engine
 from quantvla.export.integers import integer_sites
+from quantvla.quantize import quantize
+from quantvla.recipe import read_recipe
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_file
 from quantvla.runtime.kernels import graph_file
 from quantvla.runtime.manifest import encode_manifest, read_manifest
 from quantvla.testing.smolvla import write_random_checkpoint
-from quantvla.verify import KernelError, Thresholds, _same_integers, verify
+from quantvla.verify import _same_integers, verify
+from quantvla.verify_report import KernelError, Thresholds
+
+
+@pytest.fixture(scope="module")
+def tiny_int8(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_set: Path
+) -> Path:
+    """A checkpoint in which rounding activations is most of the quantization error."""
+    output = tmp_path_factory.mktemp("quantized") / "int8"
+    calibration = open_set(tiny_set).part("calibration")
+    quantize(tiny_checkpoint, calibration, read_recipe("int8"), output)
+    return output
 
 
 def test_a_float_engine_passes_with_no_quantization(
@@ -45,8 +59,9 @@ def test_an_integer_engine_is_near_its_reference_and_further_from_float(
     )
     assert report.passed and report.integer_sites > 0
     assert report.parity.max_abs < 1e-4
-    assert report.kernel.max_abs < 1e-3
+    assert report.kernel.max_abs < 1e-5  # the reference rounds activations as kernels do
     assert report.kernel.share is not None and 0 < report.kernel.share < 0.2
+    assert report.kernel.velocity_nrmse is not None and report.kernel.rounding_nrmse is not None
     assert (
         len(report.quantization.velocity_teacher_forced)
         == len(report.quantization.velocity_free_running)
@@ -55,16 +70,36 @@ def test_an_integer_engine_is_near_its_reference_and_further_from_float(
     assert 1 - report.integer_bytes / report.half_bytes >= 0.7
 
 
+def test_with_8_bit_weights_correct_programs_differ_by_their_roundings(
+    tiny_int8: Path, tiny_float_engine: Path, tiny_checkpoint: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    """No small share of the quantization error, which consists of roundings; but no more than these explain."""
+    export_engine(tiny_int8, "cpu", tmp_path / "engine")
+    report = verify(
+        tmp_path / "engine",
+        tiny_checkpoint,
+        open_set(tiny_set).part("heldout"),
+        float_engine=tiny_float_engine,
+        quantized=tiny_int8,
+    )
+    assert report.passed and report.chunk_limits_kept is not None
+    assert "rounding" in report.chunk_limits_kept
+    assert report.kernel.max_abs is not None and report.kernel.max_abs < 1e-5
+    assert report.kernel.rounding_nrmse is not None and 0 < report.kernel.rounding_nrmse < 0.05
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_quantized", "tiny_int8"])
 def test_a_wrong_kernel_is_noticed(
-    tiny_quantized: Path,
+    request: pytest.FixtureRequest,
+    checkpoint: str,
     tiny_float_engine: Path,
     tiny_checkpoint: Path,
     tiny_set: Path,
     tmp_path: Path,
 ) -> None:
     """A bias added to one output, as a defect in a kernel or a rewrite would, must fail verification."""
-    engine = tmp_path / "engine"
-    export_engine(tiny_quantized, "cpu", engine)
+    engine, quantized = tmp_path / "engine", request.getfixturevalue(checkpoint)
+    export_engine(quantized, "cpu", engine)
     manifest = read_manifest(engine)
     path = engine / graph_file(manifest.stages[-1])  # the one that runs here
     model = onnx.load(path)
@@ -84,7 +119,7 @@ def test_a_wrong_kernel_is_noticed(
         tiny_checkpoint,
         open_set(tiny_set).part("heldout"),
         float_engine=tiny_float_engine,
-        quantized=tiny_quantized,
+        quantized=quantized,
     )
     assert not report.passed and "kernel chunks" in report.failed
     assert report.chunk_limits_kept == ()
@@ -133,20 +168,28 @@ def test_the_command_prints_the_agreed_json_and_exits_by_result(
 
 
 @pytest.mark.parametrize(
-    ("nrmse", "share", "kept"),
+    ("nrmse", "share", "velocity", "rounding", "kept"),
     [
-        (0.001, 0.5, ("kernel",)),
-        (0.01, 0.1, ("kernel_share",)),
-        (0.001, 0.1, ("kernel_share", "kernel")),
-        (0.01, 0.5, ()),
-        (None, None, None),
+        (0.001, 0.5, 0.01, 0.004, ("kernel",)),
+        (0.01, 0.1, None, None, ("kernel_share",)),
+        (0.001, 0.1, 0.01, 0.005, ("kernel_share", "kernel", "rounding")),
+        (0.01, 0.5, 0.01, 0.006, ("rounding",)),
+        (0.01, 0.5, 0.01, 0.004, ()),
+        (None, None, None, None, None),
     ],
 )
-def test_whole_chunks_pass_by_either_limit_which_is_named(
-    nrmse: float | None, share: float | None, kept: tuple[str, ...] | None
+def test_whole_chunks_pass_by_any_limit_which_is_named(
+    nrmse: float | None,
+    share: float | None,
+    velocity: float | None,
+    rounding: float | None,
+    kept: tuple[str, ...] | None,
 ) -> None:
-    assert KernelError(0.0, nrmse, nrmse, share).chunk_limits_kept(Thresholds()) == kept
+    found = KernelError(0.0, nrmse, nrmse, share, velocity, rounding)
+    assert found.chunk_limits_kept(Thresholds()) == kept
 
 
 def test_thresholds_have_the_issue_values() -> None:
-    assert Thresholds() == Thresholds(parity=1e-4, kernel=1e-3, kernel_share=0.2, cosine_mean=0.98)
+    assert Thresholds() == Thresholds(
+        parity=1e-4, kernel=1e-3, kernel_share=0.2, cosine_mean=0.98, rounding=2
+    )

@@ -93,6 +93,21 @@ def test_every_instruction_set_computes_the_reference(library: ctypes.CDLL, seed
 
 
 @needs_compiler
+def test_activations_near_a_rounding_boundary_get_the_codes_of_the_reference(
+    library: ctypes.CDLL,
+) -> None:
+    rng = np.random.default_rng(0)
+    largest = rng.uniform(0.1, 20, (200, 1)).astype(np.float32)
+    x = (rng.integers(-127, 127, (200, 63)) + 0.5) * (largest / np.float32(127))
+    inputs = torch.from_numpy(np.concatenate([x.astype(np.float32), largest], axis=1))
+    weight = quantize_weight(random(16, 64, seed=0), 8, 64)
+    expected = integer_linear(inputs, weight).numpy()
+    for name in SETS:
+        y = run_linear(library, name, inputs, weight, None)
+        assert y is None or np.abs(y - expected).max() < 1e-5 * np.abs(expected).max(), name
+
+
+@needs_compiler
 def test_extreme_codes_do_not_saturate(library: ctypes.CDLL) -> None:
     """All products at their largest: where byte products are added in 16 bits, the sum would not fit."""
     for bits in (4, 8):
