@@ -56,11 +56,13 @@ def _frontier(axes: Axes, plan: MixedPlan) -> None:
         x(plan.chosen), 100 * plan.chosen.predicted_nrmse, "*", ms=13, color="#a33b8a",
         label="chosen",
     )  # fmt: skip
+    names: dict[tuple[float, float], list[str]] = {}
     for point in marks:
+        names.setdefault((x(point), 100 * point.predicted_nrmse), []).append(point.name)
+    for position, same in names.items():  # the base recipe may be one of the uniform ones
         axes.annotate(
-            point.name, (x(point), 100 * point.predicted_nrmse), xytext=(5, 4),
-            textcoords="offset points", fontsize=8,
-        )  # fmt: skip
+            " = ".join(same), position, xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
     if all(p.predicted_nrmse > 0 for p in (*curve, *marks, plan.chosen)):
         axes.set_yscale("log")
     else:  # a choice that keeps everything float has no error
