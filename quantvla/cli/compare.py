@@ -96,48 +96,49 @@ def print_comparison(result: Comparison, console: Console) -> None:
     title = f"{result.frames} held-out frames of {result.set}, {result.noises} noises each, seed {result.seed}"
     console.print(f"{title}; reference: {result.reference.name}")
     console.print(_paired(result))
+    console.print(_by_dimension(result))
     console.print(_distribution(result))
     console.print(_motion(result))
 
 
 def _paired(result: Comparison) -> Table:
-    table = Table(title="Paired: same observation, same noise", title_justify="left")
-    columns = (
-        "arm",
-        "error",
-        "median",
-        "switched",
-        "executed",
-        *result.dimensions,
-        "cosine mean",
-        "p5",
-        "min",
-        "gripper flips",
+    table = _arms_table(
+        "Paired: same observation, same noise",
+        ("error", "median", "switched", "executed", "cosine mean", "p5", "min"),
     )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in result.arms.items():
         error = arm.error
-        flips = "-" if error.gripper_flips is None else f"{error.gripper_flips:.2%}"
-        per_dimension = (f"{value:.2%}" for value in error.nrmse_per_dimension)
         cosines = (f"{v:.5f}" for v in (error.cosine_mean, error.cosine_p5, error.cosine_min))
         table.add_row(
             name, f"{error.nrmse:.2%}", f"{error.nrmse_median:.2%}", f"{error.switched:.1%}",
-            f"{error.nrmse_executed:.2%}", *per_dimension, *cosines, flips,
+            f"{error.nrmse_executed:.2%}", *cosines,
         )  # fmt: skip
     return table
 
 
-def _distribution(result: Comparison) -> Table:
-    table = Table(
-        title="Distribution: distance over the float-versus-float floor; p of a permutation test",
-        title_justify="left",
-    )
+def _by_dimension(result: Comparison) -> Table:
+    table = _arms_table("Paired error by dimension", (*result.dimensions, "gripper flips"))
+    for name, arm in result.arms.items():
+        error = arm.error
+        flips = "-" if error.gripper_flips is None else f"{error.gripper_flips:.2%}"
+        table.add_row(name, *(f"{value:.2%}" for value in error.nrmse_per_dimension), flips)
+    return table
+
+
+def _arms_table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("arm")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _distribution(result: Comparison) -> Table:
     first = next(iter(result.arms.values()))
-    for name, _ in distances(first.distribution):
-        table.add_column(name, justify="right")
-        table.add_column("p", justify="right")
+    table = _arms_table(
+        "Distribution: distance over the float-versus-float floor; p of a permutation test",
+        [column for name, _ in distances(first.distribution) for column in (name, "p")],
+    )
     for name, arm in result.arms.items():
         found = distances(arm.distribution)
         table.add_row(name, *(cell for _, d in found for cell in (f"{d.ratio:.3f}", f"{d.p:.3f}")))
@@ -145,12 +146,10 @@ def _distribution(result: Comparison) -> Table:
 
 
 def _motion(result: Comparison) -> Table:
-    table = Table(
-        title="Velocity error at the first and last denoise step; smoothness (normalized actions)",
-        title_justify="left",
+    table = _arms_table(
+        "Velocity error at the first and last denoise step; smoothness (normalized actions)",
+        ("teacher-forced", "free-running", "jerk", "seam jump", "seams"),
     )
-    for column in ("arm", "teacher-forced", "free-running", "jerk", "seam jump", "seams"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in result.arms.items():
         table.add_row(name, *_velocities(arm), *_smoothness_cells(arm.smoothness))
     reference = result.reference

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,8 @@ _stack = ExitStack()
 
 
 def _work(task: Task) -> None:
+    if not _open:
+        Finalize(None, _stack.close, exitpriority=0)  # before the interpreter goes
     if task.arm.path not in _open:
         _open[task.arm.path] = _stack.enter_context(open_sampler(task.arm, threads=task.threads))
     _write(task, _open[task.arm.path])
