@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,8 @@ from quantvla.report.render import render_png
 
 _BED_COLOURS = {"reference": "#3b82c4", "hard": "#e07b28"}
 _GREY = "#8c8c8c"
+LABEL_STEP = 1.14
+"""The height of a label's line on the logarithmic axis of errors."""
 
 
 def size_png(records: Sequence[ArmRecord]) -> bytes:
@@ -35,11 +36,11 @@ def sweep_png(sweep: Sweep) -> bytes:
 def _size_figure(records: Sequence[ArmRecord]) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for dots in _neighbours(records):
-        for x, y, arm in dots:
-            axes.plot(x, y, "o", color=_GREY if arm.simulated else "#3b82c4", fillstyle="none" if arm.simulated else "full")  # fmt: skip
-        names = ", ".join(arm.arm for _, _, arm in dots)
-        axes.annotate(names, dots[0][:2], xytext=(5, -2), textcoords="offset points", fontsize=7)
+    dots = _dots(records)
+    for x, y, arm in dots:
+        axes.plot(x, y, "o", color=_GREY if arm.simulated else "#3b82c4", fillstyle="none" if arm.simulated else "full")  # fmt: skip
+    for (x, y), label in _labels(dots):
+        axes.annotate(label, (x, y), xytext=(6, -2), textcoords="offset points", fontsize=7)
     axes.set_yscale("log")
     plain_log_ticks(axes.yaxis)
     axes.margins(x=0.3)
@@ -49,14 +50,30 @@ def _size_figure(records: Sequence[ArmRecord]) -> Figure:
     return figure
 
 
-def _neighbours(records: Sequence[ArmRecord]) -> list[list[tuple[float, float, ArmRecord]]]:
-    """Return (MB, error in percent, arm), with those that are too close for two labels in one group."""
-    groups: dict[tuple[float, int], list[tuple[float, float, ArmRecord]]] = {}
-    for record in records:
-        if record.size is not None and record.compared is not None and record.compared.result:
-            x, y = record.size.linear_bytes / 1e6, 100 * record.compared.result.error.nrmse
-            groups.setdefault((round(x, 1), round(math.log(y) / 0.06)), []).append((x, y, record))
-    return list(groups.values())
+def _dots(records: Sequence[ArmRecord]) -> list[tuple[float, float, ArmRecord]]:
+    """Return (MB, error in percent, arm), smallest error first."""
+    found = [
+        (record.size.linear_bytes / 1e6, 100 * record.compared.result.error.nrmse, record)
+        for record in records
+        if record.size is not None and record.compared is not None and record.compared.result
+    ]
+    return sorted(found, key=lambda dot: dot[1])
+
+
+def _labels(
+    dots: Sequence[tuple[float, float, ArmRecord]],
+) -> list[tuple[tuple[float, float], str]]:
+    """Return where each name stands: arms of one point share a label, labels one above the other keep a line apart."""
+    points: dict[tuple[float, float], list[str]] = {}
+    for x, y, arm in dots:
+        points.setdefault((x, y), []).append(arm.arm)
+    labels, highest = [], dict[float, float]()
+    for (x, y), names in points.items():
+        column = round(x, 1)
+        y = max(y, highest.get(column, 0.0) * LABEL_STEP)
+        highest[column] = y
+        labels.append(((x, y), ", ".join(names)))
+    return labels
 
 
 def _beds_figure(records: Sequence[ArmRecord]) -> Figure:

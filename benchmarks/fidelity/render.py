@@ -27,7 +27,7 @@ from tables import (
 )
 
 from quantvla.fidelity.action_error import SWITCHED
-from quantvla.fidelity.compare import Comparison, Reference
+from quantvla.fidelity.compare import ArmComparison, Comparison, Reference
 from quantvla.recipe import bundled_recipes
 from quantvla.report.comparison import comparison_png
 from quantvla.runtime.errors import explain
@@ -59,12 +59,21 @@ def _position(name: str) -> tuple[int, str]:
 
 
 def comparison(records: Sequence[ArmRecord]) -> Comparison | None:
-    """Return the arms' results as `quantvla compare` gives them, None without any."""
-    compared = {r.arm: r.compared for r in records if r.compared is not None}
-    arms = {name: c.result for name, c in compared.items() if c.result is not None}
-    if not arms:
+    """Return the arms' results as `quantvla compare` gives them, equal ones as one arm; None without any."""
+    compared = [(r.arm, r.compared) for r in records if r.compared is not None]
+    same: list[tuple[ArmComparison, list[str]]] = []
+    for name, found in compared:
+        if found.result is None:
+            continue
+        twin = next((names for result, names in same if result.error == found.result.error), None)
+        if twin is None:
+            same.append((found.result, [name]))
+        else:
+            twin.append(name)
+    if not same:
         return None
-    first = next(iter(compared.values()))
+    arms = {"\n= ".join(names): result for result, names in same}
+    first = compared[0][1]
     return Comparison(
         reference=Reference(
             name=REFERENCE,

@@ -22,7 +22,10 @@ SMOOTH_SPAN = 0.05
 _COLOURS = (
     "#3b82c4", "#e07b28", "#3a9e6e", "#a765b8", "#c94f4f", "#7a6a53",
     "#d07fb0", "#6f7d8c", "#a8a02b", "#37a6b8", "#1f4e79", "#9c5518",
+    "#16633f", "#6b2d7a", "#f0b429",
 )  # fmt: skip
+LEGEND_ARMS = 6
+"""With more arms the velocity panel has no legend of its own: the bars above it show every arm's colour."""
 _DISTANCE_COLOURS = ("#3b82c4", "#e07b28", "#3a9e6e")
 
 
@@ -49,10 +52,14 @@ def comparison_figure(result: Comparison) -> Figure:
 
 
 def _draw_error(axes: Axes, result: Comparison) -> None:
-    """Draw a bar for the error of all dimensions and a mark for each of them."""
+    """Draw a bar for the error of all chunks, a line across it for the median one's, and a mark for each dimension."""
     marks = "ovs^Dx+*"
     for row, (arm, colour) in enumerate(_coloured(result)):
         axes.barh(row, 100 * arm.error.nrmse, height=0.55, color=colour, alpha=0.75)
+        axes.plot(
+            100 * arm.error.nrmse_median, row, "|", color="#1f2328", markersize=13,
+            markeredgewidth=2, label="median chunk" if row == 0 else None,
+        )  # fmt: skip
         for index, value in enumerate(arm.error.nrmse_per_dimension):
             mark = marks[index % len(marks)]
             label = result.dimensions[index] if row == 0 else None
@@ -60,11 +67,15 @@ def _draw_error(axes: Axes, result: Comparison) -> None:
         highest = 100 * max(arm.error.nrmse, *arm.error.nrmse_per_dimension)
         axes.text(highest, row, f"   {100 * arm.error.nrmse:.2f} %", fontsize=7, va="center")
     _arm_rows(axes, result)
-    errors = [100 * arm.error.nrmse for arm in result.arms.values()]
+    errors = [
+        100 * value
+        for arm in result.arms.values()
+        for value in (arm.error.nrmse, arm.error.nrmse_median)
+    ]
     if min(errors) > 0 and max(errors) > WIDE * min(errors):
         axes.set_xscale("log")
         plain_log_ticks(axes.xaxis)
-        axes.set_xlim(min(errors) / 4, 2 * axes.get_xlim()[1])
+        axes.set_xlim(min(errors) / 2, 2 * axes.get_xlim()[1])
     else:
         axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_xlabel("paired action error, relative RMS, % (marks: by dimension)")
@@ -104,13 +115,16 @@ def _draw_velocity(axes: Axes, result: Comparison) -> None:
         steps = range(1, len(arm.velocity_free_running) + 1)
         axes.plot(steps, _percent(arm.velocity_free_running), color=colour, label=name)
         axes.plot(steps, _percent(arm.velocity_teacher_forced), "--", color=colour, linewidth=1)
-    axes.set_xlabel("denoise step (dashed: on the reference's trajectory)")
+    many = len(result.arms) > LEGEND_ARMS
+    colours = "; colours as above" if many else ""
+    axes.set_xlabel(f"denoise step (dashed: on the reference's trajectory{colours})")
     axes.set_ylabel("velocity error, relative RMS, %")
     if max(max(arm.velocity_free_running) for arm in result.arms.values()) > 0:
         axes.set_yscale("log")
         plain_log_ticks(axes.yaxis)
     axes.grid(axis="y")
-    axes.legend(fontsize=7, frameon=False, ncols=2)
+    if not many:
+        axes.legend(fontsize=7, frameon=False, ncols=2)
 
 
 def _draw_smoothness(axes: Axes, result: Comparison) -> None:
