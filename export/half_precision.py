@@ -14,7 +14,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from quantvla.export.tensorrt_sites import HALF, NUMPY_HALF
+from quantvla.export.tensorrt_nodes import HALF, NUMPY_HALF
 
 FLOAT = ir.DataType.FLOAT
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "Gelu"})

@@ -10,7 +10,7 @@ quantized kernels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -23,10 +23,9 @@ from quantvla.activation_scales import FP8_MAX, INT8_MAX, StaticInput
 from quantvla.export.eight_bits import fp8_tensor, integer_columns
 from quantvla.export.nvfp4 import BLOCK, DYNAMIC_QUANTIZE, weight_blocks
 from quantvla.export.site_marks import marks
+from quantvla.export.tensorrt_nodes import NodeWriter
 from quantvla.quantizer import QuantizedWeight
 
-HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-NUMPY_HALF = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 NVFP4_OPSET, _NVFP4_IR = 23, 11  # the first that have 4-bit floats
 _SMOOTHED_RANGE = 16.0  # a smoothed input's largest magnitude: far from the ends of half precision
 
@@ -65,7 +64,7 @@ def place_sites_(
     for site, mark in marks(model):
         calls[site] = calls.get(site, 0) + 1
         name = site if calls[site] == 1 else f"{site}#{calls[site]}"
-        final |= _Writer(model.graph, mark, name, activations, shared).write(sites[site])
+        final |= _SiteWriter(model.graph, mark, name, activations, shared).write(sites[site])
         placed.append(PlacedSite(site, name))
     model.opset_imports.pop("quantvla", None)
     if any(site.format == "nvfp4" for site in sites.values()):
@@ -75,17 +74,15 @@ def place_sites_(
     return tuple(placed), frozenset(final)
 
 
-class _Writer:
+class _SiteWriter(NodeWriter):
     """Writes the nodes of one call of a site in front of its mark, then removes the mark."""
 
     def __init__(
         self, graph: ir.Graph, mark: ir.Node, name: str, activations: str,
         shared: dict[tuple[int, int], ir.Value],
     ) -> None:  # fmt: skip
+        super().__init__(graph, mark, name, activations)
         self._shared = shared
-        self._graph, self._mark, self._name = graph, mark, name
-        self._half, self._numpy = HALF[activations], NUMPY_HALF[activations]
-        self._nodes: set[ir.Node] = set()
 
     def write(self, site: TargetSite) -> set[ir.Node]:
         source = self._mark.inputs[0]
@@ -93,10 +90,10 @@ class _Writer:
         if site.format in ("int8", "fp8"):
             x, weight = self._static(site, source)
             self._product(site, x, weight)
-            return self._nodes
+            return self.nodes
         if site.format == "nvfp4":
             self._product(site, self._nvfp4_input(site, source), self._nvfp4_weight(site))
-            return self._nodes
+            return self.nodes
         x = self._half_input(source)
         if site.format == "int4":
             x, weight = self._as_rows(x), self._int4(site)
@@ -105,10 +102,7 @@ class _Writer:
                 site.site, "weight", _array(site.weight).T.astype(self._numpy), self._half
             )
         self._product(site, x, weight)
-        return self._nodes
-
-    def _half_input(self, source: ir.Value) -> ir.Value:
-        return self._add("Cast", [source], source.shape, self._half, "input", to=self._half.value)
+        return self.nodes
 
     def _as_rows(self, x: ir.Value) -> ir.Value:
         """Return ``x`` as a matrix (tokens, in).
@@ -124,15 +118,6 @@ class _Writer:
         rows = (int(np.prod(dims[:-1])), dims[-1])
         return self._reshape(x, rows, "rows")
 
-    def _reshape(self, x: ir.Value, dims: Sequence[int], what: str) -> ir.Value:
-        name = f"{self._name}.{what}_shape"
-        shape = ir.Value(
-            name=name, shape=ir.Shape((len(dims),)), type=ir.TensorType(ir.DataType.INT64),
-            const_value=ir.tensor(np.array(dims, np.int64), name=name),
-        )  # fmt: skip
-        self._graph.register_initializer(shape)
-        return self._add("Reshape", [x, shape], ir.Shape(tuple(dims)), self._half, what)
-
     def _product(self, site: TargetSite, x: ir.Value, weight: ir.Value) -> None:
         old = self._mark.outputs[0]
         assert old.shape is not None and x.shape is not None
@@ -145,19 +130,6 @@ class _Writer:
             bias_value = self._constant(site.site, "bias", bias, self._half)
             out = self._add("Add", [out, bias_value], old.shape, self._half, "bias_add")
         self._replace(old, out)
-
-    def _replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let everything read ``new`` in the place of the mark's output; a graph output keeps its name."""
-        if old.is_graph_output():
-            name, old.name = old.name, f"{old.name}.mark"
-            cast = ir.node("Cast", [new], attributes={"to": ir.DataType.FLOAT.value})
-            cast.outputs[0].name, cast.outputs[0].shape = name, old.shape
-            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            self._graph.insert_before(self._mark, cast)
-            self._nodes.add(cast)
-            new = cast.outputs[0]
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        self._graph.remove(self._mark, safe=True)
 
     def _int4(self, site: TargetSite) -> ir.Value:
         integers = site.weight
@@ -234,7 +206,7 @@ class _Writer:
         scales.name, scales.shape = f"{node.name}.scales", scales_shape
         scales.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
         self._graph.insert_before(self._mark, node)
-        self._nodes.add(node)
+        self.nodes.add(node)
         return codes, scales
 
     def _nvfp4_weight(self, site: TargetSite) -> ir.Value:
@@ -262,46 +234,6 @@ class _Writer:
             "DequantizeLinear", [codes, steps], codes.shape, wide, f"{what}_dq", axis=axis, block_size=BLOCK
         )  # fmt: skip
         return self._add("Cast", [x], codes.shape, self._half, f"{what}_half", to=self._half.value)
-
-    def _dequantize(
-        self, site: str, codes: NDArray[np.generic], scales: NDArray[np.generic],
-        kind: ir.DataType, *, axis: int, block_size: int = 0,
-    ) -> ir.Value:  # fmt: skip
-        stored = self._constant(site, "weight", np.ascontiguousarray(codes), kind)
-        scale = self._constant(site, "weight_scale", np.ascontiguousarray(scales), self._half)
-        attributes = {"axis": axis, "block_size": block_size} if block_size else {"axis": axis}
-        if scales.ndim == 0:
-            attributes = {}
-        return self._add(
-            "DequantizeLinear", [stored, scale], ir.Shape(codes.shape), self._half, "weight_dq",
-            **attributes,
-        )  # fmt: skip
-
-    def _constant(
-        self, site: str, what: str, array: NDArray[np.generic], kind: ir.DataType
-    ) -> ir.Value:
-        name = f"{site}.{what}"
-        known = self._graph.initializers.get(name)
-        if known is not None:
-            return known
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(kind),
-            const_value=ir.tensor(array, dtype=kind, name=name),
-        )  # fmt: skip
-        self._graph.register_initializer(value)
-        return value
-
-    def _add(
-        self, operator: str, inputs: list[ir.Value], shape: ir.Shape | None, kind: ir.DataType,
-        what: str, **attributes: int,
-    ) -> ir.Value:  # fmt: skip
-        name = f"{self._name}.{what}" if what else self._name
-        node = ir.node(operator, inputs, attributes=attributes, name=name)
-        node.outputs[0].name, node.outputs[0].shape = f"{name}.out", shape
-        node.outputs[0].type = ir.TensorType(kind)
-        self._graph.insert_before(self._mark, node)
-        self._nodes.add(node)
-        return node.outputs[0]
 
 
 def _array(weight: Tensor | QuantizedWeight) -> NDArray[np.float32]:
