@@ -21,8 +21,8 @@ class SiteMark(nn.Module):
     def __init__(self, site: str, out_features: int) -> None:
         super().__init__()
         self.site, self.out_features = site, out_features
-        # some policies ask a projection for its weight's dtype before calling it
-        self.weight = torch.empty(0, dtype=torch.float32)
+        # some policies ask a projection, or the module around it, for its weights' dtype first
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.onnx.ops.symbolic(
@@ -32,8 +32,13 @@ class SiteMark(nn.Module):
         return out
 
 
+def is_mark(node: ir.Node) -> bool:
+    """Return whether a node is a mark."""
+    return node.domain == DOMAIN and node.op_type == OPERATOR
+
+
 def marks(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
     """Yield (site, node) of every mark, in graph order; safe while marks are replaced."""
     for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type == OPERATOR:
+        if is_mark(node):
             yield node.attributes[ATTRIBUTE].as_string(), node

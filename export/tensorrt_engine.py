@@ -7,26 +7,31 @@ files unfused, which is how their numerics are checked without a GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import onnx_ir as ir
-from torch import Tensor, nn
 
 from quantvla.activation_scales import StaticInput, fits_int8, static_inputs
 from quantvla.export.attention_form import shape_attention_
+from quantvla.export.embeddings import narrow_embeddings_
 from quantvla.export.engine import make_manifest
 from quantvla.export.euler_output import add_next_state_, next_state_spec
-from quantvla.export.graphs import export_graph, save_graph
+from quantvla.export.graphs import save_graph
 from quantvla.export.half_precision import narrow_doubles_, to_half_
-from quantvla.export.site_marks import SiteMark
+from quantvla.export.marked_graphs import (
+    MarkedGraphs,
+    float_weight,
+    marked_graphs,
+    stored_bias,
+    stored_weight,
+)
 from quantvla.export.source import SourcePolicy
 from quantvla.export.tensorrt_rules import check_graph
 from quantvla.export.tensorrt_sites import PlacedSite, TargetSite, place_sites_
-from quantvla.families.base import LoadedPolicy, Stage, replaced
+from quantvla.families.base import LoadedPolicy, Stage
 from quantvla.progress import Progress
-from quantvla.quantized_linear import QuantizedLinear
-from quantvla.quantizer import QuantizedWeight
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import atomic_directory
 from quantvla.runtime.manifest import (
@@ -37,11 +42,17 @@ from quantvla.runtime.manifest import (
     TensorSpec,
     encode_manifest,
 )
-from quantvla.runtime.site_formats import FORMATS_FILE, SiteFormat, SiteFormats, encode_formats
+from quantvla.runtime.site_formats import (
+    FORMATS_FILE,
+    EmbeddingFormat,
+    SiteFormat,
+    SiteFormats,
+    encode_formats,
+)
 from quantvla.runtime.targets import board_named, formats_of, target_named
 from quantvla.runtime.wiring import check_wiring
 from quantvla.statistics import SiteStatistics
-from quantvla.target_plan import TargetPlan, relax
+from quantvla.target_plan import TABLE, TargetPlan, relax
 
 STATIC = ("int8", "fp8", "nvfp4")
 
@@ -52,7 +63,7 @@ def export_tensorrt(
     statistics: Mapping[str, SiteStatistics],
     output: Path,
     *,
-    graphs: Mapping[str, ir.Model] | None = None,
+    graphs: MarkedGraphs | None = None,
     overwrite: bool = False,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Manifest:
@@ -69,42 +80,32 @@ def export_tensorrt(
     sites = _target_sites(loaded, plan, static)
     graphs = marked_graphs(loaded, progress) if graphs is None else graphs
     formats: list[SiteFormat] = []
+    embeddings: list[EmbeddingFormat] = []
     specs: list[StageSpec] = []
     with atomic_directory(output, overwrite=overwrite) as directory:
         for index, stage in enumerate(loaded.stages):
             progress("lowering", index, len(loaded.stages))
-            model = graphs[stage.name].clone()
-            spec, placed = _write_stage(directory, loaded, stage, model, sites, plan)
+            model = graphs.stages[stage.name].clone()
+            spec, lowered = _write_stage(directory, loaded, stage, model, sites, plan)
             specs.append(spec)
-            formats += _formats(placed, stage.name, plan)
+            formats += _formats(lowered.placed, stage.name, plan)
+            embeddings += lowered.embeddings
         progress("lowering", len(loaded.stages), len(loaded.stages))
         _require_all(sites, formats)
         board = board_named(plan.board)
         content = SiteFormats(
             board=plan.board, compute_capabilities=_capabilities(plan, board.compute_capability),
-            activations=plan.activations, sites=tuple(formats),
+            activations=plan.activations, sites=tuple(formats), embeddings=tuple(embeddings),
         )  # fmt: skip
         (directory / FORMATS_FILE).write_bytes(encode_formats(content))
         for name, data in loaded.interface.files.items():
             (directory / name).write_bytes(data)
         manifest = make_manifest(directory, source, tuple(specs), plan.target)
+        sampler = msgspec.structs.replace(manifest.sampler, only_own_times=graphs.only_own_times)
+        manifest = msgspec.structs.replace(manifest, sampler=sampler)
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest
-
-
-def marked_graphs(loaded: LoadedPolicy, progress: Progress) -> dict[str, ir.Model]:
-    """Return every stage's graph with its linears as marks, the same for all number formats."""
-    marked: dict[str, nn.Module] = {
-        site.name: SiteMark(site.name, site.out_features) for site in loaded.used_sites
-    }
-    graphs = {}
-    with replaced(loaded.policy, marked):
-        for index, stage in enumerate(loaded.stages):
-            progress(f"exporting {stage.name}", index, len(loaded.stages))
-            graphs[stage.name] = export_graph(stage)
-    progress("exporting", len(loaded.stages), len(loaded.stages))
-    return graphs
 
 
 def static_sites(plan: TargetPlan) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ def static_sites(plan: TargetPlan) -> tuple[str, ...]:
 
 def _capabilities(plan: TargetPlan, planned: int) -> tuple[int, ...]:
     """Return the GPUs of the target that have every format of the plan, the planned one first."""
-    needed = {entry.format for entry in plan.entries} | {plan.activations}
+    needed = {entry.format for entry in plan.entries if entry.format != TABLE} | {plan.activations}
     able = [
         sm
         for sm in target_named(plan.target).compute_capabilities
@@ -127,7 +128,9 @@ def _static_inputs(
     loaded: LoadedPolicy, plan: TargetPlan, statistics: Mapping[str, SiteStatistics]
 ) -> dict[str, StaticInput]:
     formats = {entry.site: entry.format for entry in plan.entries if entry.format in STATIC}
-    weights = {site: _float(_weight(loaded.policy.get_submodule(site))) for site in formats}
+    weights = {
+        site: float_weight(stored_weight(loaded.policy.get_submodule(site))) for site in formats
+    }
     return static_inputs(weights, statistics, _same_input(loaded, formats), formats)
 
 
@@ -148,11 +151,12 @@ def _target_sites(
 ) -> dict[str, TargetSite]:
     return {
         entry.site: TargetSite(
-            entry.site, entry.format, _weight(loaded.policy.get_submodule(entry.site)),
-            _bias(loaded.policy.get_submodule(entry.site)),
+            entry.site, entry.format, stored_weight(loaded.policy.get_submodule(entry.site)),
+            stored_bias(loaded.policy.get_submodule(entry.site)),
             static.get(entry.site) if entry.format in STATIC else None,
         )
         for entry in plan.entries
+        if entry.format != TABLE
     }  # fmt: skip
 
 
@@ -167,22 +171,6 @@ def _same_input(loaded: LoadedPolicy, formats: Mapping[str, str]) -> list[tuple[
     return list(groups)
 
 
-def _weight(module: nn.Module) -> Tensor | QuantizedWeight:
-    if isinstance(module, QuantizedLinear):
-        return module.quantized
-    assert isinstance(module, nn.Linear)
-    return module.weight.detach()
-
-
-def _float(weight: Tensor | QuantizedWeight) -> Tensor:
-    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = module.bias
-    return bias if isinstance(bias, Tensor) else None
-
-
 def _write_stage(
     directory: Path,
     loaded: LoadedPolicy,
@@ -190,13 +178,15 @@ def _write_stage(
     model: ir.Model,
     sites: Mapping[str, TargetSite],
     plan: TargetPlan,
-) -> tuple[StageSpec, tuple[PlacedSite, ...]]:
+) -> tuple[StageSpec, LoweredGraph]:
     between = _between(loaded) if plan.activations == "fp16" else frozenset()
     sampler = loaded.interface.sampler
     outputs = _halved(stage.outputs, between)
     if stage.name == sampler.stage:
         outputs = (*outputs, next_state_spec(sampler))
-    placed = lower_graph_(model, sites, plan.activations, between)
+    lowered = lower_graph_(
+        model, sites, plan.activations, between, stage=stage.name, embedding=plan.embedding
+    )
     if stage.name == sampler.stage:
         add_next_state_(model, sampler)
     target = target_named(plan.target)
@@ -206,18 +196,28 @@ def _write_stage(
         name=stage.name, file=file, repeat=stage.repeat, inputs=_halved(stage.inputs, between),
         outputs=outputs,
     )  # fmt: skip
-    return spec, placed
+    return spec, lowered
+
+
+@dataclass(frozen=True)
+class LoweredGraph:
+    """What became of a graph: where its sites are, and its tables of fewer bits than half precision."""
+
+    placed: tuple[PlacedSite, ...]
+    embeddings: tuple[EmbeddingFormat, ...]
 
 
 def lower_graph_(
-    model: ir.Model, sites: Mapping[str, TargetSite], activations: str, half_io: frozenset[str]
-) -> tuple[PlacedSite, ...]:
-    """Turn a graph with marked sites into a strongly typed one; returns where the sites are."""
+    model: ir.Model, sites: Mapping[str, TargetSite], activations: str, half_io: frozenset[str],
+    *, stage: str = "", embedding: str = "half",
+) -> LoweredGraph:  # fmt: skip
+    """Turn a graph with marked sites into a strongly typed one."""
     narrow_doubles_(model)
     shape_attention_(model)
     placed, final = place_sites_(model, sites, activations)
-    to_half_(model, activations, final, half_io)
-    return placed
+    tables, dequantized = narrow_embeddings_(model, stage, embedding, activations)
+    to_half_(model, activations, final | dequantized, half_io)
+    return LoweredGraph(placed, tables)
 
 
 def _between(loaded: LoadedPolicy) -> frozenset[str]:

@@ -18,8 +18,11 @@ from quantvla.runtime.targets import FORMAT_BITS, Board, Target, board_named, fo
 
 ACTIVATIONS = ("fp16", "bf16")
 PRECISIONS = ("auto", "float", "int8", "int4", "fp8", "nvfp4")
+EMBEDDINGS = ("half", "int8", "int4")
 INT4_BLOCKS = (16, 32, 64, 128)
 NVFP4_BLOCK = 16
+TABLE = "table"
+"""What stands in the place of a linear whose outputs are known before the engine runs."""
 _SCALE_BYTES = 2
 _FORMATS_OF_BITS = {(4, 8): ("int4", "int8"), (4, 16): ("int4",), (8, 8): ("int8",)}
 
@@ -46,6 +49,7 @@ class TargetPlan(msgspec.Struct, frozen=True, kw_only=True):
     library: str
     activations: str
     precision: str
+    embedding: str = "half"
     entries: tuple[TargetEntry, ...]
 
     @property
@@ -64,8 +68,13 @@ def plan_target(
     *,
     activations: str = "fp16",
     precision: str = "auto",
+    embedding: str = "half",
+    tables: Mapping[str, int] = {},
 ) -> TargetPlan:
     """Return what every site of ``plan`` runs in on ``board``.
+
+    ``embedding`` is the format of the table that token ids look up.
+    ``tables``: the sites that only see the time, with the number of times; they leave the graph.
 
     ``precision`` other than "auto" overrides the choice for all quantized sites ("float" for half
     precision). Raises `QuantVLAError` when the board cannot run ``activations`` or ``precision``.
@@ -75,6 +84,10 @@ def plan_target(
         raise explain(f"precision {precision!r}", "unknown", remedy=nearest(precision, PRECISIONS))
     if precision not in ("auto", "float"):
         _require(precision, formats_of(board.compute_capability), board)
+    if embedding not in EMBEDDINGS:
+        raise explain(f"embedding {embedding!r}", "unknown", remedy=nearest(embedding, EMBEDDINGS))
+    if embedding != "half":
+        _require(embedding, formats_of(board.compute_capability), board)
     if board.target != target.name:
         raise explain(
             f"board {board.name}",
@@ -82,13 +95,15 @@ def plan_target(
             remedy=f"choose a board of {target.name}",
         )
     entries = [
-        _entry(entry, tokens[entry.site], board, activations, precision)
+        _table(entry, tables[entry.site], board)
+        if entry.site in tables
+        else _entry(entry, tokens[entry.site], board, activations, precision)
         for entry in plan.entries
         if entry not in plan.dropped
     ]
     return TargetPlan(
         target=target.name, board=board.name, library=f"{target.library} {'.'.join(map(str, target.version))}",
-        activations=activations, precision=precision, entries=tuple(entries),
+        activations=activations, precision=precision, embedding=embedding, entries=tuple(entries),
     )  # fmt: skip
 
 
@@ -144,6 +159,16 @@ def _entry(
     times = {name: _time_us(entry, tokens, board, name) for name in candidates}
     best = min(times, key=lambda name: times[name])
     return _make(entry, tokens, board, best, _why(entry, tokens, times, best))
+
+
+def _table(entry: PlanEntry, times: int, board: Board) -> TargetEntry:
+    row = _SCALE_BYTES * entry.out_features
+    return TargetEntry(
+        site=entry.site, stage=entry.stage, scheme=entry.scheme.name, format=TABLE, tokens=1,
+        half_bytes=entry.bytes_before, weight_bytes=times * row,
+        time_us=round(1e6 * row / (board.bandwidth_gb_s * 1e9), 3),
+        reason=f"only sees the time: its outputs at the {times} times of the schedule are stored instead",
+    )  # fmt: skip
 
 
 def _problem(entry: PlanEntry, number_format: str) -> str:

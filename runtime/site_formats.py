@@ -22,6 +22,16 @@ class SiteFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
+class EmbeddingFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table that token ids look up and that has fewer bits than half precision: its bytes before and now."""
+
+    table: str
+    stage: str
+    format: str
+    half_bytes: int
+    bytes: int
+
+
 class SiteFormats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All linears of an engine in graph order, and the format of everything between them."""
 
@@ -29,6 +39,7 @@ class SiteFormats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     compute_capabilities: tuple[int, ...]
     activations: str
     sites: tuple[SiteFormat, ...]
+    embeddings: tuple[EmbeddingFormat, ...] = ()
 
     def of_stage(self, stage: str) -> tuple[SiteFormat, ...]:
         """Return the linears of one stage."""

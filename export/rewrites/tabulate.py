@@ -36,7 +36,7 @@ def tabulate_time_(model: ir.Model, time: str, timesteps: Sequence[float]) -> Ta
     Nothing happens where no weights would leave the graph, which then is right for any time.
     """
     given = next((value for value in model.graph.inputs if value.name == time), None)
-    nodes = _nodes_of_time(model, given) if given is not None else []
+    nodes = nodes_of_time(model, given) if given is not None else []
     if given is None or not any(node.op_type in _WEIGHTED for node in nodes):
         return Tabulated(0, 0, 0)
     inside = set(nodes)
@@ -67,7 +67,7 @@ def tabulate_time_(model: ir.Model, time: str, timesteps: Sequence[float]) -> Ta
     return Tabulated(len(nodes), before + tables - _initializer_bytes(model), tables)
 
 
-def _nodes_of_time(model: ir.Model, given: ir.Value) -> list[ir.Node]:
+def nodes_of_time(model: ir.Model, given: ir.Value) -> list[ir.Node]:
     """Return, in order, the nodes that depend on the time and otherwise on constants only."""
     known, nodes = {given}, []
     for node in model.graph:
@@ -130,12 +130,14 @@ def _step_index(model: ir.Model, given: ir.Value, timesteps: Sequence[float]) ->
     """Return the position of the time in ``timesteps``: of the nearest one."""
     editor = Editor(model, next(iter(model.graph)))
     steps = len(timesteps)
-    times = editor.constant(f"{given.name}.table", np.array(timesteps, np.float32))
-    distance = editor.add("Sub", [times, given], shape=[steps])
-    size = editor.add("Abs", [distance], shape=[steps])
-    return editor.add(
-        "ArgMin", [size], shape=[], dtype=ir.DataType.INT64, axis=0, keepdims=0
+    times = editor.constant(f"{given.name}.table", np.array([timesteps], np.float32))
+    distance = editor.add("Sub", [times, given], shape=[1, steps])
+    size = editor.add("Abs", [distance], shape=[1, steps])
+    # of one row: TensorRT has no ArgMin of a vector
+    nearest = editor.add(
+        "ArgMin", [size], shape=[1], dtype=ir.DataType.INT64, axis=1, keepdims=0
     )  # fmt: skip
+    return editor.reshape(nearest, ())
 
 
 def _drop_unread(model: ir.Model) -> None:

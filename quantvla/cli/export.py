@@ -13,7 +13,7 @@ from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options
 from quantvla.export.engine import TARGETS, export_engine
 from quantvla.export.rewrite_report import REWRITES_FILE, read_rewrites
 from quantvla.runtime.errors import explain, nearest
-from quantvla.runtime.site_formats import SiteFormat
+from quantvla.runtime.site_formats import SiteFormat, read_formats
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 from quantvla.schedule import read_schedule
 
@@ -50,7 +50,7 @@ from quantvla.schedule import read_schedule
 @options.overwrite
 def export(
     checkpoint: Path, target: str, guidance: bool, board: str | None, activations: str, precision: str,
-    calib: Path | None, frames: int, schedule: Path | None, cameras_apart: bool, seed: int,
+    embedding: str, calib: Path | None, frames: int, schedule: Path | None, cameras_apart: bool, seed: int,
     output: Path, overwrite: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT as an engine: a quantized one, or a LeRobot one for the float engine."""
@@ -72,7 +72,7 @@ def export(
                 f"target {target}", "runs all cameras in one call", remedy="leave --cameras-apart out",
             )  # fmt: skip
         if target in GPU_TARGETS:
-            chosen = GpuOptions(target, board, activations, precision)
+            chosen = GpuOptions(target, board, activations, precision, embedding)
             manifest, changed = export_for_gpu(
                 checkpoint, chosen, output, calib=calib, frames=frames, seed=seed, overwrite=overwrite,
                 progress=progress,
@@ -93,6 +93,10 @@ def export(
     console.print(
         f"wrote {output}: {manifest.recipe} for {target}, {len(manifest.stages)} graphs, {size / 2**20:.1f} MiB"
     )
+    for table in read_formats(output).embeddings if target in GPU_TARGETS else ():
+        console.print(
+            f"{table.table}: {table.format}, {table.half_bytes / 2**20:.2f} -> {table.bytes / 2**20:.2f} MiB"
+        )
     for site in changed:
         console.print(f"{site.site}: {site.format}, {site.reason}")
     for stage in read_rewrites(output):

@@ -36,7 +36,7 @@ from quantvla.target_plan import TargetPlan
 @options.as_json
 def plan(
     policy_path: Path, recipe: str, target: str | None, board: str | None, activations: str,
-    precision: str, as_json: bool, budget: Budgets,
+    precision: str, embedding: str, as_json: bool, budget: Budgets,
 ) -> None:  # fmt: skip
     """Print the plan of a recipe for a policy: site, stage, shape, scheme, bytes, reason.
 
@@ -54,7 +54,7 @@ def plan(
         return
     if target is not None:
         source = load_source(policy_path)
-        chosen = GpuOptions(target, board, activations, precision)
+        chosen = GpuOptions(target, board, activations, precision, embedding)
         scheme = source.plan or make_plan(source.loaded.sites, read_recipe(recipe))
         on_target = plan_for_gpu(source.loaded, scheme, chosen)
         if as_json:
@@ -119,6 +119,7 @@ def print_target_plan(made: TargetPlan) -> None:
             f"{entry.half_bytes:,}", f"{entry.weight_bytes:,}", entry.reason,
         )  # fmt: skip
     console.print(table)
+    console.print(f"token embedding in {made.embedding}")
     for stage in dict.fromkeys(entry.stage for entry in made.entries):
         entries = [entry for entry in made.entries if entry.stage == stage]
         formats = Counter(entry.format for entry in entries)

@@ -24,9 +24,9 @@ from quantvla.runtime.errors import explain
 from quantvla.runtime.manifest import Manifest
 from quantvla.runtime.site_formats import SiteFormat, read_formats
 from quantvla.runtime.targets import Board, board_named, boards_of, target_named
-from quantvla.site_tokens import count_site_tokens
+from quantvla.site_tokens import count_site_tokens, sites_of_time
 from quantvla.statistics import SiteStatistics
-from quantvla.target_plan import ACTIVATIONS, PRECISIONS, TargetPlan, plan_target
+from quantvla.target_plan import ACTIVATIONS, EMBEDDINGS, PRECISIONS, TargetPlan, plan_target
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class GpuOptions:
     board: str | None
     activations: str
     precision: str
+    embedding: str = "half"
 
 
 def gpu_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --board, --activations and --precision to a command."""
+    """Add --board, --activations, --precision and --embedding to a command."""
     for option in (
+        click.option("--embedding", default="half", show_default=True,
+                     help=f"GPU targets: format of the token embedding ({', '.join(EMBEDDINGS)})."),
         click.option("--precision", default="auto", show_default=True,
                      help=f"GPU targets: format of quantized linears ({', '.join(PRECISIONS)})."),
         click.option("--activations", default="fp16", show_default=True,
@@ -58,6 +61,8 @@ def plan_for_gpu(loaded: LoadedPolicy, plan: Plan | None, options: GpuOptions) -
     return plan_target(
         plan or make_plan(loaded.sites, _FLOAT), count_site_tokens(loaded), target_named(options.target),
         board, activations=options.activations, precision=options.precision,
+        embedding=options.embedding,
+        tables=dict.fromkeys(sites_of_time(loaded), len(loaded.interface.sampler.timesteps)),
     )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ import torch
 
 from quantvla.checkpoint import install_
 from quantvla.cli.target_options import GpuOptions, plan_for_gpu
+from quantvla.export.marked_graphs import marked_graphs
 from quantvla.export.source import SourcePolicy
-from quantvla.export.tensorrt_engine import export_tensorrt, marked_graphs, static_sites
+from quantvla.export.tensorrt_engine import export_tensorrt, static_sites
 from quantvla.families import load_policy
 from quantvla.layout import make_plan
 from quantvla.quantizer import quantize_weight

@@ -21,7 +21,7 @@ from quantvla.runtime.targets import (
     target_named,
 )
 from quantvla.schemes import DROPPED, FLOAT, Scheme
-from quantvla.target_plan import plan_target, relax
+from quantvla.target_plan import TABLE, plan_target, relax
 
 ORIN, THOR, ADA = BOARDS["agx-orin-64"], BOARDS["agx-thor"], BOARDS["rtx-4090"]
 W4A8, W8A8 = Scheme("w4a8", 4, 8, 32), Scheme("w8a8", 8, 8, 32)
@@ -95,6 +95,19 @@ def test_a_site_that_one_scale_does_not_fit_leaves_int8_alone() -> None:
         assert "would cost 7.0% of its output" in found.entries[0].reason
         assert found.entries[1].weight_bytes == made.entries[1].half_bytes
         assert found.entries[2] == made.entries[2]
+
+
+def test_a_site_of_the_time_alone_is_a_table_in_every_format() -> None:
+    plan = Plan("r", (entry("time", W4A8), entry("other", W4A8)))
+    for precision in ("auto", "float", "int8"):
+        made = plan_target(
+            plan, {"time": 1, "other": 64}, TARGETS["jetson-orin"], ORIN, precision=precision,
+            tables={"time": 10},
+        )  # fmt: skip
+        table, other = made.entries
+        assert table.format == TABLE and table.weight_bytes == 10 * 2048 * 2 < other.weight_bytes
+        assert "at the 10 times of the schedule" in table.reason
+        assert other.format != TABLE and table not in made.refused
 
 
 def test_a_weight_of_a_single_block_is_not_planned_in_int4() -> None:
