@@ -4,6 +4,7 @@
 
 - rotations: the recipe passes fold_norms and rotate (R1 on residual streams, R2 on value heads), which leave
   the float policy unchanged, before calibration and export
+- the token embedding in int8 (a scale for each row) and int4 (for each block of 32), all else in half precision
 - scales per denoise step: the denoise graph with the scales of one step's own inputs, one graph for each step
 
 Same frames, noise and error as benchmarks/tensorrt/run.py; graphs run by ONNX Runtime on the CPU, unfused.
@@ -13,25 +14,25 @@ A run that is called again skips what is in the result.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import msgspec
 import torch
-from run import ActionError, Bench, Comparison, OrtEngine, with_scheme
+from bench import Bench, with_scheme
+from comparison import ActionError, Comparison, OrtEngine
 from torch import Tensor, nn
 
 from quantvla import staged
 from quantvla.calib_sets import CalibrationSet
 from quantvla.calibrate import frame_noise
-from quantvla.export.tensorrt_engine import marked_graphs
+from quantvla.export.marked_graphs import marked_graphs
 from quantvla.families.base import LoadedPolicy
 from quantvla.layout import make_plan
 from quantvla.passes.fold_norms import FoldNorms
 from quantvla.passes.rotate import Rotate
 from quantvla.quantize import make_pipeline
-from quantvla.runtime.manifest import read_manifest
 from quantvla.runtime.site_formats import read_formats
 from quantvla.statistics import SiteStatistics
 from quantvla.weight_store import DirectoryStore
@@ -49,6 +50,14 @@ class Row(msgspec.Struct, kw_only=True):
     error: ActionError
     left_out: list[str]
     per_step: bool = False
+    embedding: str = "half"
+
+
+VARIANTS = (
+    ("int8", 8, False, "half"), ("int8", 8, True, "half"), ("nvfp4", 8, False, "half"),
+    ("nvfp4", 4, False, "half"), ("fp16", 16, False, "int8"), ("fp16", 16, False, "int4"),
+)  # fmt: skip
+"""Format, bits of the grid that weights are on (16: not rounded), scales per denoise step, token embedding."""
 
 
 def step_statistics(
@@ -79,23 +88,7 @@ def step_statistics(
     return found
 
 
-class PerStep(OrtEngine):
-    """An engine whose denoise graph is another one at each step."""
-
-    def __init__(self, engines: list[Path]) -> None:
-        super().__init__(engines[0], read_manifest(engines[0]))
-        name = self._manifest.stages[-1].name
-        self._steps = [OrtEngine(e, read_manifest(e))._sessions[name] for e in engines]
-        self._name, self._step = name, 0
-
-    def _run(self, stage: str, known: Mapping[str, object]) -> dict[str, object]:
-        if stage == self._name:
-            self._sessions[stage] = self._steps[self._step % len(self._steps)]
-            self._step += 1
-        return super()._run(stage, known)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every variant that is missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,25 +97,25 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, default=Path("calib_sets/metaworld"))
     parser.add_argument("--frames", type=int, default=256, help="calibration frames")
     parser.add_argument("--heldout", type=int, default=64, help="frames of the comparison")
-    parser.add_argument("--step-frames", type=int, default=64, help="frames of scales per step")
     parser.add_argument("--work", type=Path, default=Path("build/tensorrt_variants"))
     parser.add_argument("-o", "--output", type=Path, default=HERE / "variants.json")
-    options = parser.parse_args()
+    parser.add_argument("--passes", nargs="+", choices=tuple(PASSES), default=tuple(PASSES))
+    options = parser.parse_args(arguments)
     rows: list[Row] = []
     if options.output.is_file():
         rows = msgspec.json.decode(options.output.read_bytes(), type=list[Row])
-    for name in PASSES:
+    for name in options.passes:
         measure(name, options, rows)
 
 
 def measure(name: str, options: argparse.Namespace, rows: list[Row]) -> None:
     """Measure int8 and 4-bit floats after the passes of one variant, and scales per step without passes."""
-    done = {(row.passes, row.format, row.grid_bits, row.per_step) for row in rows}
+    done = {(row.passes, row.format, row.grid_bits, row.per_step, row.embedding) for row in rows}
     wanted = [
-        (f, b, s)
-        for f, b, s in (("int8", 8, False), ("int8", 8, True), ("nvfp4", 8, False), ("nvfp4", 4, False))
-        if (name, f, b, s) not in done and (name == "none" or (b == 8 and not s))
-    ]  # fmt: skip
+        variant
+        for variant in VARIANTS
+        if (name, *variant) not in done and (name == "none" or variant[1:3] == (8, False))
+    ]
     if not wanted:
         return
     options.work = Path(options.work) / name
@@ -137,30 +130,32 @@ def measure(name: str, options: argparse.Namespace, rows: list[Row]) -> None:
                 progress=lambda *_: None,
             ).run(PASSES[name])  # fmt: skip
         bench.graphs = marked_graphs(loaded, lambda *_: None)
-    bench.statistics()
-    shared = dict(bench._seen)
-    for number_format, bits, per_step in wanted:
+    for number_format, bits, per_step, embedding in wanted:
         bench.restore_()
-        plan = make_plan(loaded.sites, with_scheme(bench.recipe, f"w{bits}a8"))
+        rounded = bits < 16
+        scheme = f"w{bits}a8" if rounded else "float"
+        plan = make_plan(loaded.sites, with_scheme(bench.recipe, scheme))
         bench.plan = plan
-        steps: list[dict[str, SiteStatistics]] = [{}]
+        own: list[dict[str, SiteStatistics]] = [{}]
         if per_step:
             sites = tuple(e.site for e in plan.quantized if e.stage == "denoise")
-            steps = step_statistics(loaded, sites, calibration)
-        bench.quantize_()
-        engines = []
-        for index, own in enumerate(steps):
-            bench._seen = {**shared, **own}
-            engines.append(bench.export(plan, number_format, f"{number_format}_{bits}_{index}"))
-        bench._seen = shared
-        engine = PerStep(engines) if per_step else OrtEngine(engines[0], read_manifest(engines[0]))
-        error = comparison.error(comparison.graph_chunks(engine))
+            own = step_statistics(loaded, sites, calibration)
+        if rounded:
+            bench.statistics()
+            bench.quantize_()
+        engines = [
+            bench.export(
+                plan, number_format if rounded else "float", f"{number_format}_{bits}_{index}", found, embedding
+            )
+            for index, found in enumerate(own)
+        ]  # fmt: skip
+        error = comparison.error(comparison.graph_chunks(OrtEngine(engines[0], engines)))
         quantized = {entry.site for entry in plan.quantized}
         left = [
             s.site for s in read_formats(engines[0]).sites
             if s.site in quantized and s.format != number_format
         ]  # fmt: skip
-        row = Row(passes=name, format=number_format, grid_bits=bits, error=error, left_out=left, per_step=per_step)  # fmt: skip
+        row = Row(passes=name, format=number_format, grid_bits=bits, error=error, left_out=left, per_step=per_step, embedding=embedding)  # fmt: skip
         print(row, flush=True)
         rows.append(row)
         data = msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n"
