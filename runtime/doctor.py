@@ -21,7 +21,7 @@ from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.gpu import Gpu, find_gpu
 from quantvla.runtime.manifest import Manifest, check_files, read_manifest
 from quantvla.runtime.site_formats import read_formats
-from quantvla.runtime.targets import TARGETS, Target
+from quantvla.runtime.targets import TARGETS, Target, target_serving
 from quantvla.runtime.tensorrt_library import load_library
 from quantvla.runtime.tensorrt_plans import Machine, find_machine, read_record
 
@@ -136,10 +136,7 @@ def _gpu(host: Host) -> tuple[Gpu | None, Check]:
 
 
 def _target_of(gpu: Gpu | None) -> Target | None:
-    if gpu is None:
-        return None
-    able = (t for t in TARGETS.values() if gpu.compute_capability in t.compute_capabilities)
-    return next(able, None)
+    return None if gpu is None else target_serving(gpu.compute_capability)
 
 
 def _cuda_python() -> Check:

@@ -160,6 +160,12 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
+def target_serving(compute_capability: int) -> Target | None:
+    """Return the target whose TensorRT builds for a GPU, None if there is none."""
+    able = (t for t in TARGETS.values() if compute_capability in t.compute_capabilities)
+    return next(able, None)
+
+
 def board_named(name: str) -> Board:
     """Return a board; raises `QuantVLAError` for an unknown name."""
     if name not in BOARDS:

@@ -18,7 +18,7 @@ from quantvla.runtime.files import sha256_file, write_atomic
 from quantvla.runtime.gpu import find_gpu
 from quantvla.runtime.manifest import Manifest, StageSpec, check_files, read_manifest
 from quantvla.runtime.site_formats import SiteFormat, SiteFormats, read_formats
-from quantvla.runtime.targets import Target, target_named
+from quantvla.runtime.targets import Target, formats_of, target_named, target_serving
 from quantvla.runtime.tensorrt_layers import (
     Layer,
     SiteResult,
@@ -113,9 +113,20 @@ def choose_machine(
         planned = ", ".join(f"SM{sm}" for sm in formats.compute_capabilities)
         raise explain(
             f"SM{machine.compute_capability}", f"this engine was planned for {planned}",
-            remedy=f"export it again for this GPU (quantvla export --target {target.name} --board …)",
+            remedy=_plan_for(machine.compute_capability, target),
         )  # fmt: skip
     return machine
+
+
+def _plan_for(compute_capability: int, target: Target) -> str:
+    """Return what makes an engine for a GPU that one of ``target`` was not planned for."""
+    serving = target_serving(compute_capability)
+    if serving is None:
+        return "no target serves that GPU, see `quantvla targets`"
+    if serving is not target:
+        return f"export it again with --target {serving.name}"
+    formats = ", ".join(formats_of(compute_capability))
+    return f"export it again in formats that GPU has ({formats}), with --board or --precision"
 
 
 def _require_version(engine: Path, library: Library, target: Target) -> None:

@@ -74,13 +74,25 @@ def plan_directory(engine: Path, machine: Machine) -> Path:
 
 def read_record(engine: Path, machine: Machine) -> BuildRecord:
     """Return the record of earlier builds, an empty one if there is none or it is of another version."""
-    empty = BuildRecord(schema_version=SCHEMA_VERSION, machine=machine)
+    found = _decode(plan_directory(engine, machine) / RECORD_FILE)
+    if found is not None and found.machine == machine:
+        return found
+    return BuildRecord(schema_version=SCHEMA_VERSION, machine=machine)
+
+
+def read_records(engine: Path) -> tuple[BuildRecord, ...]:
+    """Return the records of all machines that an engine directory was built for."""
+    paths = sorted((engine / PLANS).glob(f"*/{RECORD_FILE}"))
+    return tuple(record for path in paths if (record := _decode(path)) is not None)
+
+
+def _decode(path: Path) -> BuildRecord | None:
+    """Return the record in a file, None if there is none of this version."""
     try:
-        data = (plan_directory(engine, machine) / RECORD_FILE).read_bytes()
-        found = msgspec.json.decode(data, type=BuildRecord)
+        found = msgspec.json.decode(path.read_bytes(), type=BuildRecord)
     except (OSError, msgspec.ValidationError, msgspec.DecodeError):
-        return empty
-    return found if found.schema_version == SCHEMA_VERSION and found.machine == machine else empty
+        return None
+    return found if found.schema_version == SCHEMA_VERSION else None
 
 
 def write_record(engine: Path, record: BuildRecord) -> None:

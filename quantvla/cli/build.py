@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantvla.cli.progress import progress_bar
+from quantvla.runtime.site_formats import SiteFormats, read_formats
 from quantvla.runtime.tensorrt_build import BuildOptions, build_engine
 from quantvla.runtime.tensorrt_plans import BuildRecord
 
@@ -27,10 +29,13 @@ from quantvla.runtime.tensorrt_plans import BuildRecord
 @click.option(
     "--allow-fallback", is_flag=True, help="Keep plans whose linears did not get their format; they are listed."
 )  # fmt: skip
+@click.option(
+    "--linears", is_flag=True, help="Print for every linear what it runs in, by which layer."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def build(
     engine: Path, compute_capability: int | None, workspace: int | None, level: int | None,
-    allow_fallback: bool, as_json: bool,
+    allow_fallback: bool, linears: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build ENGINE (exported for jetson-orin, jetson-thor or rtx). A killed build continues when called again."""
     options = BuildOptions(compute_capability, workspace, level, allow_fallback)
@@ -39,6 +44,8 @@ def build(
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(record), indent=1))
     else:
+        if linears:
+            print_linears(read_formats(engine), (record,))
         print_record(record)
 
 
@@ -74,6 +81,22 @@ def print_record(record: BuildRecord) -> None:
         console.print(
             f"[red]fallback[/] {site.site}: planned {site.planned}, runs {site.ran} ({site.layer})"
         )
+
+
+def print_linears(planned: SiteFormats, records: Sequence[BuildRecord]) -> None:
+    """Print every linear with its planned format and, for each record, what it runs in and by which layer."""
+    console = Console(width=None if Console().is_terminal else 160)
+    table = Table(title=f"linears, planned for {planned.board}")
+    machines = [f"SM{record.machine.compute_capability}" for record in records]
+    columns = [text for sm in machines for text in (f"{sm} runs", "kind of layer: layer")]
+    for column in ("linear", "stage", "planned", *columns):
+        table.add_column(column, overflow="fold")
+    ran = [{s.site: s for stage in r.stages for s in stage.sites} for r in records]
+    for site in planned.sites:
+        found = [sites.get(site.site) for sites in ran]
+        cells = [(s.ran, f"{s.kind}: {s.layer}") if s else ("not built", "") for s in found]
+        table.add_row(site.site, site.stage, site.format, *(c for pair in cells for c in pair))
+    console.print(table)
 
 
 def _counts(found: dict[str, int]) -> str:

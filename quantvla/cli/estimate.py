@@ -14,7 +14,9 @@ from quantvla.known_shapes import MODELS, PUBLISHED
 from quantvla.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, Estimate
 from quantvla.roofline import estimate as make_estimate
 from quantvla.runtime.errors import explain, nearest
-from quantvla.runtime.targets import board_named, boards_of, target_named
+from quantvla.runtime.targets import Board, board_named, boards_of, target_named
+
+_TARGET = "jetson-orin"
 
 
 class PublishedRow(msgspec.Struct, frozen=True):
@@ -33,7 +35,7 @@ class PublishedRow(msgspec.Struct, frozen=True):
 @click.argument("engine", type=options.DIRECTORY, required=False)
 @click.option("--model", help=f"A published policy instead of ENGINE: {', '.join(MODELS)}.")
 @click.option(
-    "--target", default="jetson-orin", show_default=True, help="Target whose boards are estimated."
+    "--target", help=f"Target whose boards are estimated.  [default: {_TARGET}, or the board's]"
 )
 @click.option("--board", help="One board.  [default: all of the target]")
 @click.option(
@@ -44,7 +46,7 @@ class PublishedRow(msgspec.Struct, frozen=True):
 )
 @options.as_json
 def estimate(
-    engine: Path | None, model: str | None, target: str, board: str | None, number_format: str,
+    engine: Path | None, model: str | None, target: str | None, board: str | None, number_format: str,
     published: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Estimate the latency of a chunk. An ESTIMATE: roofline arithmetic, nothing is run or measured."""
@@ -55,13 +57,24 @@ def estimate(
         else:
             _print_published(rows)
         return
-    boards = [board_named(board)] if board else list(boards_of(target_named(target).name))
-    found = [_estimate_on(engine, model, one.name, number_format) for one in boards]
+    found = [_estimate_on(engine, model, one.name, number_format) for one in _boards(target, board)]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found), indent=1))
     else:
         for one in found:
             print_estimate(one)
+
+
+def _boards(target: str | None, board: str | None) -> tuple[Board, ...]:
+    if board is None:
+        return boards_of(target_named(target or _TARGET).name)
+    one = board_named(board)
+    if target is not None and one.target != target_named(target).name:
+        raise explain(
+            f"board {board}", f"belongs to target {one.target}", got=f"--target {target}",
+            remedy="leave --target out",
+        )  # fmt: skip
+    return (one,)
 
 
 def _estimate_on(

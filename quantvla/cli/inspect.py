@@ -12,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from quantvla.cli import options
+from quantvla.cli.build import print_linears, print_record
 from quantvla.export.integers import IntegerSite, integer_sites
 from quantvla.plan import CARD_FILE
 from quantvla.runtime import kernels
 from quantvla.runtime.manifest import Manifest, check_files, encode_manifest, read_manifest
+from quantvla.runtime.site_formats import read_formats
+from quantvla.runtime.targets import TARGETS as GPU_TARGETS
+from quantvla.runtime.tensorrt_plans import read_records
 from quantvla.schemes import scheme_name
 
 
@@ -25,6 +29,7 @@ from quantvla.schemes import scheme_name
 def inspect(engine: Path, as_json: bool) -> None:
     """Print an ENGINE's stages, operators and files, after checking its checksums.
 
+    For a GPU target also every linear's format, planned and in each plan that `quantvla build` made.
     Of a quantized checkpoint, print its plan in one line and what every pass did.
     """
     if (engine / CARD_FILE).is_file():
@@ -36,6 +41,8 @@ def inspect(engine: Path, as_json: bool) -> None:
         stage.name: _operators(engine / kernels.graph_file(stage)) for stage in manifest.stages
     }
     formats = _formats(engine, manifest)
+    gpu = manifest.target in GPU_TARGETS
+    planned, records = (read_formats(engine), read_records(engine)) if gpu else (None, ())
     if as_json:
         click.echo(
             msgspec.json.encode(
@@ -43,6 +50,8 @@ def inspect(engine: Path, as_json: bool) -> None:
                     "manifest": msgspec.Raw(encode_manifest(manifest)),
                     "operators": operators,
                     "formats": formats,
+                    "planned": planned,
+                    "plans": records,
                 }
             )
         )
@@ -63,6 +72,10 @@ def inspect(engine: Path, as_json: bool) -> None:
     if formats:
         Console().print(_formats_table(formats))
         Console().print(f"integer linears run on {_kernels(manifest)} kernels on this machine")
+    if planned is not None:
+        print_linears(planned, records)
+    for record in records:
+        print_record(record)
 
 
 def _print_card(directory: Path, *, as_json: bool) -> None:

@@ -85,6 +85,13 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         CliRunner().invoke(command, ["--model", "smolvla2"], catch_exceptions=False)
     with pytest.raises(QuantVLAError, match=r"expected either ENGINE or --model"):
         CliRunner().invoke(command, [], catch_exceptions=False)
+    with pytest.raises(
+        QuantVLAError, match=r"board rtx-4090: belongs to target rtx, got --target jetson-orin"
+    ):
+        CliRunner().invoke(
+            command, ["--model", "pi05", "--target", "jetson-orin", "--board", "rtx-4090"],
+            catch_exceptions=False,
+        )  # fmt: skip
     with pytest.raises(QuantVLAError, match=r"board agx-orin-64: no published rate for fp8"):
         CliRunner().invoke(
             command, ["--model", "pi05", "--board", "agx-orin-64", "--format", "fp8"],

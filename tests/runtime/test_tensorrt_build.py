@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -10,7 +12,10 @@ import msgspec
 import onnx
 import pytest
 import trt_engine
+from click.testing import CliRunner
 
+from quantvla.cli.build import build
+from quantvla.cli.inspect import inspect
 from quantvla.runtime import tensorrt_build, tensorrt_room
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_file
@@ -139,8 +144,14 @@ def test_room_is_asked_for_before_anything_is_built(
 
 
 def test_a_gpu_the_engine_was_not_planned_for_is_refused(unbuilt: Path) -> None:
-    with pytest.raises(QuantVLAError, match=r"SM75: this engine was planned for SM89, SM86, SM120"):
-        build_engine(unbuilt, BuildOptions(compute_capability=75))
+    for capability, remedy in (
+        (75, r"export it again in formats that GPU has \(fp16\), with --board or --precision"),
+        (87, "export it again with --target jetson-orin"),
+        (90, "no target serves that GPU, see `quantvla targets`"),
+    ):
+        said = f"SM{capability}: this engine was planned for SM89, SM86, SM120; {remedy}"
+        with pytest.raises(QuantVLAError, match=said):
+            build_engine(unbuilt, BuildOptions(compute_capability=capability))
 
 
 def test_a_changed_graph_is_refused(unbuilt: Path) -> None:
@@ -202,3 +213,26 @@ def test_the_inspectors_json_and_the_listing_say_the_same() -> None:
     assert result.ran == "int8" and result.layer == "site_myl0_1"
     (missing,) = site_results((site,), ())
     assert missing.ran == "not named" and not missing.kept
+
+
+def test_inspect_shows_what_every_linear_runs_in(built: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(inspect, [str(built)], terminal_width=200)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if "llm.q_proj" in line]
+    assert lines and re.search(r"prefix +│ int4 +│ int4 +│ \w+: \w+", lines[0])
+    again = CliRunner().invoke(build, [str(built), "--compute-capability", "89", "--linears"])
+    assert lines[0] in again.output.splitlines()
+    assert "every linear got its planned format" in result.output
+    found = json.loads(CliRunner().invoke(inspect, [str(built), "--json"]).stdout)
+    (record,) = found["plans"]
+    assert {s["site"] for stage in record["stages"] for s in stage["sites"]} == {
+        site["site"] for site in found["planned"]["sites"]
+    }
+    fresh = trt_engine.write_trt_engine(tmp_path / "engine")
+    assert "not built" not in CliRunner().invoke(inspect, [str(fresh)]).output
+    partly = Path(shutil.copytree(built, tmp_path / "partly"))
+    record_file = plan_directory(partly, machine(partly)) / RECORD_FILE
+    kept = read_record(partly, machine(partly))
+    kept = msgspec.structs.replace(kept, stages=kept.stages[:1])
+    record_file.write_bytes(msgspec.json.encode(kept))
+    assert "not built" in CliRunner().invoke(inspect, [str(partly)]).output
