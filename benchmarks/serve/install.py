@@ -23,7 +23,9 @@ import quantvla
 from quantvla.runtime.files import write_atomic
 
 ROOT = Path(quantvla.__file__).resolve().parent.parent
-PARTS = ("quantvla", "export", "runtime", "calib_sets", "setup.cfg", "pyproject.toml", "README.md")
+PARTS = (
+    "quantvla", "export", "runtime", "calib_sets", "setup.cfg", "setup.py", "pyproject.toml", "README.md",
+)  # fmt: skip
 IMPORTS = {
     "python alone": "pass",
     "quantvla.runtime.policy": "import quantvla.runtime.policy",

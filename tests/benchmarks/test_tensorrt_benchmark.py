@@ -26,7 +26,8 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in PARTS:  # removed again with the monkeypatch
-        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+        if name in sys.modules:
+            monkeypatch.setitem(sys.modules, name, sys.modules[name])
     return module
 
 
@@ -72,3 +73,17 @@ def test_builds_and_errors_are_written(
     numerics = result["numerics"]
     assert 0 < numerics["target_fp16"]["rms"] < numerics["target_int8"]["rms"] < 0.1
     assert numerics["ratio"] == numerics["target_int8"]["rms"] / numerics["cpu_w8a8"]["rms"]
+
+
+@pytest.mark.parametrize("script", ["embedding"], indirect=True)
+def test_tensorrt_keeps_the_bits_of_a_table_and_reads_the_wanted_rows_only(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    script.main(["--rows", "9000", "--width", "64", "-o", str(tmp_path / "result.json")])
+    half, int8, int4 = json.loads((tmp_path / "result.json").read_text())
+    table = 2 * 9000 * 64
+    saved = half["plan_bytes"] - int8["plan_bytes"], half["plan_bytes"] - int4["plan_bytes"]
+    assert saved[0] == pytest.approx(table * (1 - 66 / 128), rel=0.03)
+    assert saved[1] == pytest.approx(table * (1 - 36 / 128), rel=0.03)
+    assert half["layers"] == int8["layers"] == int4["layers"] == 1

@@ -13,11 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from quantvla.export.embeddings import narrow_embeddings_
 from quantvla.export.graphs import save_graph
 from quantvla.export.tensorrt_engine import lower_graph_
-from quantvla.runtime.tensorrt_library import (
-    BuildMessages,
-    load_library,
-    make_logger,
-)
 
 ROWS, WIDTH, TOKENS = 9000, 64, 8
 TABLE = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
@@ -72,29 +67,6 @@ def test_rows_come_out_as_exact_as_their_bits(
     expected = {"half": [], "int8": [ROWS * (WIDTH + 2)], "int4": [ROWS * (WIDTH // 2 + 4)]}
     assert [table.bytes for table in found] == expected[number_format]  # type: ignore[attr-defined]
     assert all(table.half_bytes == 2 * ROWS * WIDTH for table in found)  # type: ignore[attr-defined]
-
-
-def test_tensorrt_keeps_the_bits_and_reads_the_wanted_rows_only(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    library, sizes, layers = load_library("tensorrt_rtx"), {}, {}
-    trt = library.trt
-    for number_format in ("half", "int8", "int4"):
-        path, _ = lowered(number_format, tmp_path)
-        messages = BuildMessages()
-        logger = make_logger(library, messages)
-        builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        assert trt.OnnxParser(network, logger).parse_from_file(str(path))
-        config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-        sizes[number_format] = len(bytes(builder.build_serialized_network(network, config)))
-        layers[number_format] = messages.layers.count("\nName: __myl")
-    table = 2 * ROWS * WIDTH
-    assert sizes["half"] - sizes["int8"] == pytest.approx(table * (1 - 66 / 128), rel=0.03)
-    assert sizes["half"] - sizes["int4"] == pytest.approx(table * (1 - 36 / 128), rel=0.03)
-    assert layers["half"] == layers["int8"] == layers["int4"] == 1
 
 
 def test_a_table_that_other_operators_read_or_of_broken_blocks_stays() -> None:
