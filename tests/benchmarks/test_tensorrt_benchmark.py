@@ -24,6 +24,7 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # msgspec looks the types up there
     spec.loader.exec_module(module)
     for name in PARTS:  # removed again with the monkeypatch
         if name in sys.modules:
