@@ -39,6 +39,7 @@ from quantvla.recipe import read_recipe
 from quantvla.runtime.files import write_atomic
 from quantvla.runtime.policy import Policy
 from quantvla.testing import groot, pi
+from quantvla.testing.statistics import random_statistics
 
 RESULT = Path(__file__).parent / "full_size.json"
 FRAMES = 4
@@ -85,7 +86,8 @@ def make_groot(directory: Path) -> nn.Module:
     base: Any = GR00TN17Config(architectures=["Gr00tN1d7"])
     base.save_pretrained(directory / BASE_DIRECTORY)
     config = groot.make_config(directory, size)
-    groot.save_processors(config, size, directory, seed=0)
+    statistics = random_statistics(size.state_dim, size.action_dim, seed=0)
+    groot.save_processors(config, size, directory, statistics)
     policy: nn.Module = groot_family.empty_policy(config, base)
     config.base_model_path = BASE_DIRECTORY
     config.save_pretrained(directory)

@@ -19,22 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from build_policy import load_policy
 
-from quantvla.evaluate.metaworld import (
-    CAMERA_KEY_PREFIX,
-    STATE_KEY,
-    TASK_KEY,
-    TASKS,
-    MetaWorldEnv,
-    Observation,
-)
+from quantvla.evaluate.metaworld import TASKS, MetaWorldEnv, Observation
+from quantvla.float_policy import FloatPolicy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ChunkFn = Callable[[Observation, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
-"""(observation, noise (chunk, max_action_dim)) -> actions (executed steps, 4)."""
+"""(observation, noise (1, chunk, max_action_dim)) -> actions (executed steps, 4)."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +55,18 @@ def wilson(successes: int, episodes: int, z: float = 1.96) -> tuple[float, float
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
 
 
-def torch_policy(directory: Path) -> tuple[ChunkFn, int, tuple[int, int]]:
-    """Return (chunk function, executed steps a chunk, noise shape) of a LeRobot checkpoint directory."""
-    policy, preprocessor, postprocessor = load_policy(directory)
-    config = policy.config
+def torch_policy(directory: Path, threads: int) -> tuple[ChunkFn, tuple[int, ...]]:
+    """Return (chunk function, noise shape) of a LeRobot checkpoint directory."""
+    policy = FloatPolicy.from_pretrained(directory, threads=threads)
 
     def chunk(observation: Observation, noise: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        frame: dict[str, object] = {
-            TASK_KEY: observation[TASK_KEY],
-            STATE_KEY: torch.from_numpy(observation[STATE_KEY]),
-        }
-        for key, image in observation.items():
-            if key.startswith(CAMERA_KEY_PREFIX):
-                frame[key] = torch.from_numpy(image).permute(2, 0, 1).float() / 255.0
-        batch = preprocessor(frame)
-        actions = postprocessor(
-            policy.predict_action_chunk(batch, noise=torch.from_numpy(noise)[None])
-        )
-        result: npt.NDArray[np.float32] = actions[0, : config.n_action_steps].numpy()
-        return result
+        return policy.predict_action_chunk(observation, noise=noise)[: policy.execute]
 
-    return chunk, config.n_action_steps, (config.chunk_size, config.max_action_dim)
+    return chunk, policy.noise_shape
 
 
 def run_episode(
-    env: MetaWorldEnv, chunk: ChunkFn, noise_shape: tuple[int, int], seed: int
+    env: MetaWorldEnv, chunk: ChunkFn, noise_shape: tuple[int, ...], seed: int
 ) -> tuple[bool, int]:
     """Return (success, steps) of the episode that ``seed`` defines."""
     rng = np.random.default_rng(seed)
@@ -106,7 +85,7 @@ def run_episode(
 
 
 def evaluate_task(
-    task: str, chunk: ChunkFn, noise_shape: tuple[int, int], seeds: range
+    task: str, chunk: ChunkFn, noise_shape: tuple[int, ...], seeds: range
 ) -> TaskResult:
     """Run one episode a seed and return the outcomes."""
     succeeded: list[int] = []
@@ -135,8 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the outcomes of every seed here")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    chunk, _, noise_shape = torch_policy(options.policy)
+    chunk, noise_shape = torch_policy(options.policy, options.threads)
     seeds = range(options.first_seed, options.first_seed + options.episodes)
     results = []
     for task in options.tasks:

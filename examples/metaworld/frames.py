@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from robot import IMAGE_SIZE
 
 from quantvla.evaluate.metaworld import CAMERAS
 
-IMAGE_SIZE = 128
 HELD_OUT = 4
 """The last episodes of each task are never trained on."""
 
@@ -86,28 +86,26 @@ class Sampler:
         weights: Mapping[str, float],
         chunk: int,
         shift: int,
-        rng: np.random.Generator,
     ) -> None:
         """weights: relative frequency of each task; chunk: number of future actions; shift: in pixels."""
         self.shards = shards
         self.chunk = chunk
         self.shift = shift
-        self.rng = rng
         weight = np.array([weights[shard.task] for shard in shards])
         self._probability = weight / weight.sum()
         self._ends = [shard.episode_ends() for shard in shards]
 
-    def draw(self, size: int) -> Batch:
+    def draw(self, size: int, rng: np.random.Generator) -> Batch:
         """Return ``size`` observations."""
-        tasks = self.rng.choice(len(self.shards), size=size, p=self._probability)
-        steps = np.array([self.rng.integers(self.shards[task].training_steps) for task in tasks])
+        tasks = rng.choice(len(self.shards), size=size, p=self._probability)
+        steps = np.array([rng.integers(self.shards[task].training_steps) for task in tasks])
         pairs = list(zip(tasks, steps, strict=True))
         ahead = steps[:, None] + np.arange(self.chunk)
         ends = np.array([self._ends[task][step] for task, step in pairs])
         last = np.minimum(ahead, ends[:, None] - 1)
         return Batch(
             images=np.stack(
-                [self._shifted(self.shards[task].images[step]) for task, step in pairs]
+                [self._shifted(self.shards[task].images[step], rng) for task, step in pairs]
             ),
             states=np.stack([self.shards[task].states[step] for task, step in pairs]),
             task=tasks,
@@ -120,14 +118,16 @@ class Sampler:
             ),
         )
 
-    def _shifted(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def _shifted(
+        self, images: npt.NDArray[np.uint8], rng: np.random.Generator
+    ) -> npt.NDArray[np.uint8]:
         """Shift each camera's picture independently, repeating the border: (cameras, H, W, 3) -> the same."""
         padded = np.pad(
             images,
             ((0, 0), (self.shift, self.shift), (self.shift, self.shift), (0, 0)),
             mode="edge",
         )
-        offsets = self.rng.integers(0, 2 * self.shift + 1, size=(len(images), 2))
+        offsets = rng.integers(0, 2 * self.shift + 1, size=(len(images), 2))
         return np.stack(
             [
                 p[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
@@ -143,7 +143,7 @@ def relative_objects(raw: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 
 
 def normalization(shards: Sequence[Shard]) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
-    """Return mean and std (4,) of ``observation.state`` and ``action`` over the training steps of all shards."""
+    """Return mean, std, min and max (4,) of ``observation.state`` and ``action`` over the training steps of all shards."""
     columns = {
         "observation.state": [shard.states[: shard.training_steps] for shard in shards],
         "action": [shard.actions[: shard.training_steps] for shard in shards],
@@ -153,6 +153,8 @@ def normalization(shards: Sequence[Shard]) -> dict[str, dict[str, npt.NDArray[np
         key: {
             "mean": value.mean(axis=0).astype(np.float32),
             "std": value.std(axis=0).astype(np.float32),
+            "min": value.min(axis=0).astype(np.float32),
+            "max": value.max(axis=0).astype(np.float32),
         }
         for key, value in joined.items()
     }

@@ -1,125 +1,142 @@
-"""The training objective of the small SmolVLA: flow matching on several noise draws per observation, and the object head."""
+"""The training objective: flow matching on several noise draws per observation, and the object head."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from frames import Batch, Shard
-from lerobot.policies.common.vla_utils import make_att_2d_masks
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from frames import Batch
 from torch import Tensor, nn
 
-from quantvla.evaluate.metaworld import CAMERA_KEY_PREFIX, CAMERAS, STATE_KEY, find_task
+from quantvla.evaluate.metaworld import STATE_KEY, Task
+from quantvla.families.base import Interface
+from quantvla.runtime.normalize import make_normalizer
+from quantvla.runtime.processing_steps import (
+    Images,
+    Normalize,
+    ResampledImages,
+    Tokenize,
+    Unnormalize,
+)
+from quantvla.staged import make_preprocessor
 
 OBJECT_SCALE = 10.0
 """Positions relative to the hand are a few decimetres: the head predicts them in decimetres."""
 
 
-class Learner(nn.Module):
-    """The policy and the training-only head; its forward pass is the loss, so that autocast and compile see one module."""
+class Objective(Protocol):
+    """One policy type's part of the loss, an `nn.Module` with the policy in it.
 
-    def __init__(self, policy: SmolVLAPolicy) -> None:
-        """Add the head that reads the state token: hidden -> object and goal positions (6)."""
+    The time runs from 1 (noise) to 0 and the velocity points to the noise, as in the runtime. ``summary_dim``: length
+    of a summary.
+    """
+
+    policy: nn.Module
+    summary_dim: int
+
+    def context(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """Return, of a collated batch, a summary (B, summary_dim) of image, text and state, and what ``velocity`` reads."""
+        ...
+
+    def velocity(self, context: Any, noisy: Tensor, time: Tensor) -> Tensor:
+        """noisy: (B, draws, chunk, padded action), time: (B, draws) -> velocity like noisy."""
+        ...
+
+
+class Learner(nn.Module):
+    """The policy and the training-only head; its forward pass is the loss, so that autocast sees one module."""
+
+    def __init__(self, objective: Any) -> None:
+        """Add the head that reads the summary: object and goal positions (6)."""
         super().__init__()
-        self.policy = policy
-        self.head = nn.Linear(policy.model.vlm_with_expert.config.text_config.hidden_size, 6)
+        self.objective = objective
+        self.head = nn.Linear(objective.summary_dim, 6)
 
     def forward(
-        self, batch: dict[str, Tensor], noise: Tensor, time: Tensor
+        self, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return (flow-matching loss, object loss).
 
-        batch: images (B, 3, 128, 128) in [0, 1] by camera key, observation.state (B, 4) and action (B, chunk, 4)
-        normalized, tokens and mask (B, length), valid (B, chunk), objects (B, 6). noise: (B, draws, chunk,
-        max_action_dim); time: (B, draws).
+        batch: what `Collator` makes. noise: (B, draws, chunk, padded action); time: (B, draws).
         """
-        policy, model = self.policy, self.policy.model
-        images, masks = policy.prepare_images(batch)
-        embeddings, pad, attention = model.embed_prefix(
-            images, masks, batch["tokens"], batch["mask"], state=policy.prepare_state(batch)
-        )
-        (hidden, _), cache = model.vlm_with_expert.forward(
-            attention_mask=make_att_2d_masks(pad, attention),
-            position_ids=torch.cumsum(pad, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[embeddings, None],
-            use_cache=True,
-        )
-        actions = policy.prepare_action(batch)[:, None]
+        summary, context = self.objective.context(batch)
+        used = batch["action"].shape[-1]
+        actions = F.pad(batch["action"], (0, noise.shape[-1] - used))[:, None]
         noisy = time[..., None, None] * noise + (1 - time[..., None, None]) * actions
-        velocity = self._denoise(pad, cache, noisy, time)
-        used = self.policy.config.action_feature.shape[0]
+        velocity = self.objective.velocity(context, noisy, time)
         error = (velocity - (noise - actions))[..., :used].square()
         valid = batch["valid"][:, None, :, None].float().expand_as(error)
         flow = (error * valid).sum() / valid.sum()
         objects = F.smooth_l1_loss(
-            self.head(hidden[:, -1]).float(), batch["objects"] * OBJECT_SCALE, beta=0.1
+            self.head(summary).float(), batch["objects"] * OBJECT_SCALE, beta=0.1
         )
         return flow, objects
 
-    def _denoise(self, pad: Tensor, cache: Any, noisy: Tensor, time: Tensor) -> Tensor:
-        """Run the expert on every draw at once: noisy (B, draws, chunk, dim), time (B, draws) -> velocity, as noisy.
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained, the head's too, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
-        The draws stand one after the other in the suffix; the mask lets each see the prefix and itself only, causally,
-        which equals lerobot's ``denoise_step`` on every draw by itself.
-        """
-        model = self.policy.model
-        size, draws, chunk, width = noisy.shape
-        suffix, _, _ = model.embed_suffix(
-            noisy.reshape(size * draws, chunk, width), time.reshape(-1)
-        )
-        suffix = suffix.reshape(size, draws * chunk, -1)
-        own = torch.kron(torch.eye(draws), torch.ones(chunk, chunk).tril()).bool()
-        mask = torch.cat(
-            [pad[:, None].expand(-1, draws * chunk, -1), own.expand(size, -1, -1)], dim=2
-        )
-        positions = pad.sum(dim=1, keepdim=True) + torch.arange(chunk).repeat(draws)
-        (_, out), _ = model.vlm_with_expert.forward(
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            inputs_embeds=[None, suffix],
-            use_cache=True,
-        )
-        with torch.autocast("cpu", enabled=False):
-            velocity: Tensor = model.action_out_proj(out.float())
-        return velocity.reshape(noisy.shape)
+
+def sample_time(*shape: int) -> Tensor:
+    """Return flow times in [0.001, 1], as SmolVLA, pi0 and GR00T all draw them: 0.001 + 0.999 Beta(1.5, 1)."""
+    return 0.001 + 0.999 * torch.rand(shape) ** (1 / 1.5)
 
 
 class Collator:
-    """Turns numpy batches into the tensors that the learner reads: normalization and tokens as the preprocessor does."""
+    """Turns numpy batches into the tensors that an objective reads, by the checkpoint's own preprocessing.
 
-    def __init__(
-        self, policy: SmolVLAPolicy, stats: dict[str, dict[str, Any]], shards: list[Shard]
-    ) -> None:
-        """Tokenize each task's instruction once."""
-        tokenizer = policy.model.vlm_with_expert.processor.tokenizer
-        text = [find_task(shard.task).instruction + "\n" for shard in shards]
-        length = policy.config.tokenizer_max_length
-        coded = tokenizer(
-            text, max_length=length, padding="max_length", padding_side="right", return_tensors="pt"
+    images (B, cameras, 3, 128, 128), state (B, padded), tokens and mask (B, longest instruction), action (B, chunk, 4),
+    normalized; valid (B, chunk), objects (B, 6).
+    """
+
+    def __init__(self, interface: Interface, tasks: Sequence[Task], cameras: Sequence[str]) -> None:
+        """Tokenize the instruction of every task once; ``cameras``: keys, in the order of the recorded pictures."""
+        before = interface.preprocess
+        self._images: Images | ResampledImages = _only(before, (Images, ResampledImages))
+        self._order = [list(cameras).index(key) for key in self._images.keys]
+        self._state: Normalize = _only(before, (Normalize,))
+        unnormalize: Unnormalize = _only(interface.postprocess, (Unnormalize,))
+        self._normalize_state, self._normalize_action = (
+            make_normalizer(step.key, step.mode, step.eps, interface.statistics.get(step.key))
+            for step in (self._state, unnormalize)
         )
-        self._tokens, self._mask = coded["input_ids"], coded["attention_mask"].bool()
-        self._stats = stats
+        text: Tokenize = _only(before, (Tokenize,))
+        preprocess = make_preprocessor(interface)
+        blank = {
+            **{c.key: np.zeros((c.height, c.width, 3), np.uint8) for c in interface.cameras},
+            STATE_KEY: np.zeros(interface.state.dim, np.float32),
+        }
+        found = [preprocess({**blank, text.key: task.instruction}) for task in tasks]
+        mask = np.concatenate([tensors[text.mask] for tensors in found])
+        longest = int(mask.sum(axis=1).max())  # what is masked influences nothing
+        tokens = np.concatenate([tensors[text.tokens] for tensors in found])
+        self._tokens = torch.from_numpy(tokens[:, :longest].copy())
+        self._mask = torch.from_numpy(mask[:, :longest].copy())
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Return the tensors of one batch."""
         task = torch.from_numpy(batch.task)
-        pixels = torch.from_numpy(batch.images).permute(0, 1, 4, 2, 3).float() / 255.0
+        pixels = torch.from_numpy(batch.images[:, self._order]).permute(0, 1, 4, 2, 3)
+        state = self._normalize_state.normalize(batch.states)
+        if self._state.clip:
+            state = state.clip(-1, 1)
         return {
-            **{
-                CAMERA_KEY_PREFIX + camera: pixels[:, index] for index, camera in enumerate(CAMERAS)
-            },
-            STATE_KEY: self._normalize(STATE_KEY, batch.states),
-            "action": self._normalize("action", batch.actions),
+            "images": pixels.float() / 255.0 * self._images.scale + self._images.offset,
+            "state": F.pad(
+                torch.from_numpy(state), (0, self._state.pad_to - batch.states.shape[1])
+            ),
+            "action": torch.from_numpy(self._normalize_action.normalize(batch.actions)),
             "tokens": self._tokens[task],
             "mask": self._mask[task],
             "valid": torch.from_numpy(batch.valid),
             "objects": torch.from_numpy(batch.objects),
         }
 
-    def _normalize(self, key: str, value: Any) -> Tensor:
-        stats = self._stats[key]
-        return torch.from_numpy((value - stats["mean"]) / (stats["std"] + 1e-8))
+
+def _only(steps: Sequence[Any], kinds: tuple[type, ...]) -> Any:
+    """Return the one step of these kinds."""
+    (step,) = [step for step in steps if isinstance(step, kinds)]
+    return step

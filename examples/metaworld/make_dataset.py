@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from frames import HELD_OUT, IMAGE_SIZE, Shard, load_shard
+from frames import HELD_OUT, Shard, load_shard
+from robot import IMAGE_SIZE
 
 from quantvla.evaluate.metaworld import (
     CAMERA_KEY_PREFIX,

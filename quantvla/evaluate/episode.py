@@ -67,6 +67,7 @@ def run_episode(
     Pictures are rendered only when a chunk is needed. Raises `QuantVLAError` for a chunk that
     has not the contract's shape or is not finite.
     """
+    execute = execute or contract.execute
     observation = environment.reset(environment_seed(seed, episode))
     actions: list[npt.NDArray[np.float32]] = []
     success, total_reward, chunk_index = False, 0.0, 0
@@ -76,8 +77,8 @@ def run_episode(
         noise = chunk_noise(seed, task, episode, chunk_index, contract.noise_shape)
         visible = {key: observation[key] for key in contract.observation_keys}
         chunk = policy.predict_action_chunk(visible, noise=noise)
-        _check_chunk(chunk, contract)
-        for action in chunk[: execute or contract.execute]:
+        _check_chunk(chunk, contract, execute)
+        for action in chunk[:execute]:
             step = environment.step(action)
             actions.append(action)
             total_reward += step.reward
@@ -88,12 +89,16 @@ def run_episode(
     return Trajectory(np.stack(actions), success, total_reward)
 
 
-def _check_chunk(chunk: npt.NDArray[np.float32], contract: Contract) -> None:
-    expected = (contract.horizon, contract.action_dim)
-    if chunk.shape != expected:
+def _check_chunk(chunk: npt.NDArray[np.float32], contract: Contract, execute: int) -> None:
+    """Raise for a chunk that is not finite or not as long and wide as the contract says.
+
+    Some policies hand out only what is executed of the chunk, so it may be shorter, down to ``execute``.
+    """
+    rows, dim = contract.horizon, contract.action_dim
+    if chunk.shape[1:] != (dim,) or not execute <= len(chunk) <= rows:
         raise explain(
             "action chunk",
-            f"expected shape {expected}",
+            f"expected shape {(rows, dim)}, or at least {execute} rows of it",
             got=chunk.shape,
             remedy="export the policy again",
         )

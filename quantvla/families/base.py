@@ -43,7 +43,9 @@ class Site:
 class Stage:
     """A part of the policy that becomes one graph: float32 tensors in and out, in the order of the specs.
 
-    ``module`` shares its weights with the policy, so a site replaced there is replaced here.
+    ``module`` shares its weights with the policy, so a site replaced there is replaced here. What
+    a module below it computes from parameters once, when it is made, it computes again in ``derive_()``,
+    with gradients where they are on: the policy can be trained through its stages.
     ``batch_axes``: the axis of each input along which several calls can be stacked into one in
     torch, outputs then stacked along axis 0; empty when the module takes one call at a time.
     ``attended``: its tokens are the leading keys of the sampler stage's attentions.

@@ -61,11 +61,14 @@ class Vision(nn.Module):
     def __init__(self, policy: nn.Module, root: str, grid: tuple[int, int]) -> None:
         super().__init__()
         self.policy, self.root, self.grid = policy, root, grid
-        one = torch.tensor([[1, *grid]])
         with torch.no_grad():
-            self.positions = self.visual.fast_pos_embed_interpolate(one).clone()
-            angles = self.visual.rot_pos_emb(one)
+            self.derive_()
+            angles = self.visual.rot_pos_emb(torch.tensor([[1, *grid]]))
         self.cos, self.sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
+
+    def derive_(self) -> None:
+        """Interpolate the learned positions of patches again."""
+        self.positions = self.visual.fast_pos_embed_interpolate(torch.tensor([[1, *self.grid]]))
 
     @property
     def visual(self) -> Any:
@@ -129,7 +132,10 @@ class Language(nn.Module):
         self.causal = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool).tril()
 
     def read(self, image_features: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Return the last layer's output (1, length, hidden) of tokens (1, length) and the features of `Vision`."""
+        """Return the last layer's output (1, length, hidden) of tokens (1, length) and the features of `Vision`.
+
+        Several observations at a time, (batch, length), have features (1 + levels, cameras, batch, tokens, hidden).
+        """
         length = tokens.shape[1]
         language: Any = self.policy.get_submodule(self.root).language_model
         angles = (self.cos[:, :length], self.sin[:, :length])
@@ -150,7 +156,8 @@ class Language(nn.Module):
         for (start, end), (first, last), own in zip(
             self.layout.texts, self.layout.images, features, strict=False
         ):
-            parts += [hidden[:, start:end], combine(hidden[:, first:last], own[None])]
+            own = own if own.dim() == 3 else own[None]
+            parts += [hidden[:, start:end], combine(hidden[:, first:last], own)]
         return torch.cat([*parts, hidden[:, self.layout.images[-1][1] :]], dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.groot.configuration_groot import GrootConfig
 from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
 from lerobot.policies.groot.modeling_groot import GrootPolicy
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
@@ -20,7 +21,12 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from quantvla.families.groot.interface import BACKBONE_DIRECTORY, BASE_DIRECTORY, ENCODE_STEP
+from quantvla.families.groot.interface import (
+    BACKBONE_DIRECTORY,
+    BASE_DIRECTORY,
+    ENCODE_STEP,
+    PACK_STEP,
+)
 from quantvla.families.lerobot_interface import TOKENIZER_DIRECTORY
 from quantvla.testing.statistics import random_statistics
 from quantvla.testing.tokenizer import byte_level_bpe
@@ -47,6 +53,7 @@ class GrootSize:
     vision_mlp: int = 96
     vision_depth: int = 3
     vision_heads: int = 4
+    position_embeddings: int = 2304
     deepstack: tuple[int, ...] = (0, 1)
     text_hidden: int = 64
     text_mlp: int = 128
@@ -61,8 +68,11 @@ class GrootSize:
     heads: int = 4
     head_dim: int = 16
     output: int = 32
+    dropout: float = 0.2
     embodiments: int = 12
     embodiment: str = "new_embodiment"
+    embodiment_numbers: Mapping[str, int] | None = None
+    """Which weights an embodiment has; None: as lerobot numbers them."""
     padded: int = 24
     model_chunk: int = 10
     image: tuple[int, int] = (64, 64)
@@ -135,7 +145,7 @@ def write_backbone(directory: Path, size: GrootSize, tokenizer: PreTrainedTokeni
         },
         vision_config={
             "depth": size.vision_depth, "hidden_size": size.vision_hidden, "intermediate_size": size.vision_mlp,
-            "num_heads": size.vision_heads, "num_position_embeddings": 2304, "out_hidden_size": size.text_hidden,
+            "num_heads": size.vision_heads, "num_position_embeddings": size.position_embeddings, "out_hidden_size": size.text_hidden,
             "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
             "deepstack_visual_indexes": list(size.deepstack),
         },
@@ -145,7 +155,7 @@ def write_backbone(directory: Path, size: GrootSize, tokenizer: PreTrainedTokeni
 def make_base_config(size: GrootSize, backbone: str) -> GR00TN17Config:
     """Return the base model's configuration; its vision-language model is called ``backbone``."""
     width = size.heads * size.head_dim
-    transformer = {"positional_embeddings": None, "dropout": 0.2, "final_dropout": True}
+    transformer = {"positional_embeddings": None, "dropout": size.dropout, "final_dropout": True}
     mixer_heads = size.text_hidden // size.head_dim
     return GR00TN17Config(
         model_name=backbone, backbone_model_type="qwen", model_dtype="float32", dtype="float32",
@@ -181,15 +191,16 @@ def make_config(directory: Path, size: GrootSize) -> GrootConfig:
     )  # fmt: skip
 
 
-def save_processors(config: GrootConfig, size: GrootSize, directory: Path, *, seed: int) -> None:
+def save_processors(
+    config: GrootConfig, size: GrootSize, directory: Path, statistics: Mapping[str, dict[str, Tensor]]
+) -> None:  # fmt: skip
     """Write both pipelines."""
-    before, after = make_pre_post_processors(
-        config, dataset_stats=random_statistics(size.state_dim, size.action_dim, seed)
-    )
-    (encode,) = [
-        step for step in before.steps if getattr(type(step), "_registry_name", "") == ENCODE_STEP
-    ]
+    before, after = make_pre_post_processors(config, dataset_stats=dict(statistics))
+    steps = {getattr(type(step), "_registry_name", ""): step for step in before.steps}
+    encode, pack = steps[ENCODE_STEP], steps[PACK_STEP]
     encode.image_target_size, encode.image_crop_size = list(size.image), list(size.crop)
+    if size.embodiment_numbers is not None:
+        pack.embodiment_mapping = dict(size.embodiment_numbers)
     before.save_pretrained(directory)
     after.save_pretrained(directory)
 
@@ -203,6 +214,31 @@ def liven_(policy: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.2)
 
 
+def make_policy(directory: Path, size: GrootSize, texts: tuple[str, ...]) -> GrootPolicy:
+    """Return lerobot's policy with random weights; write what it needs beside its weights to ``directory``."""
+    tokenizer = write_processor(directory / TOKENIZER_DIRECTORY, size, texts)
+    write_backbone(directory / BACKBONE_DIRECTORY, size, tokenizer)
+    base = make_base_config(size, str(directory / BACKBONE_DIRECTORY))
+    raw = GR00TN17(base, load_backbone_weights=False).float()
+    raw.save_pretrained(directory / BASE_DIRECTORY)
+    policy = GrootPolicy(make_config(directory, size)).eval()
+    base.model_name = BACKBONE_DIRECTORY
+    base.save_pretrained(directory / BASE_DIRECTORY)
+    (directory / BASE_DIRECTORY / "model.safetensors").unlink()
+    return policy
+
+
+def save_checkpoint(
+    policy: GrootPolicy, size: GrootSize, statistics: Mapping[str, dict[str, Tensor]], directory: Path
+) -> None:  # fmt: skip
+    """Write ``policy`` and its processors in lerobot's layout to the directory that `make_policy` wrote to."""
+    config = policy.config
+    absolute, config.base_model_path = config.base_model_path, BASE_DIRECTORY
+    policy.save_pretrained(directory)
+    config.base_model_path = absolute
+    save_processors(config, size, directory, statistics)
+
+
 def write_random_checkpoint(
     directory: Path,
     size: GrootSize | None = None,
@@ -213,19 +249,8 @@ def write_random_checkpoint(
     """Write a complete LeRobot checkpoint with random weights, its base model's configuration in it; return its directory."""
     size = size or GrootSize()
     torch.manual_seed(seed)
-    tokenizer = write_processor(directory / TOKENIZER_DIRECTORY, size, texts)
-    write_backbone(directory / BACKBONE_DIRECTORY, size, tokenizer)
-    base = make_base_config(size, str(directory / BACKBONE_DIRECTORY))
-    raw = GR00TN17(base, load_backbone_weights=False).float()
-    raw.save_pretrained(directory / BASE_DIRECTORY)
-    config = make_config(directory, size)
-    policy = GrootPolicy(config).eval()
+    policy = make_policy(directory, size, texts)
     liven_(policy)
-    policy.config.base_model_path = BASE_DIRECTORY
-    policy.save_pretrained(directory)
-    policy.config.base_model_path = str(directory / BASE_DIRECTORY)
-    save_processors(policy.config, size, directory, seed=seed)
-    base.model_name = BACKBONE_DIRECTORY
-    base.save_pretrained(directory / BASE_DIRECTORY)
-    (directory / BASE_DIRECTORY / "model.safetensors").unlink()
+    statistics = random_statistics(size.state_dim, size.action_dim, seed)
+    save_checkpoint(policy, size, statistics, directory)
     return directory

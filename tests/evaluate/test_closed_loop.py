@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -99,6 +100,31 @@ def test_execute_overrides_the_policy() -> None:
     environment = FakeEnvironment("go")
     run_episode(NoisyPolicy(0.0), CONTRACT, environment, "go", 0, seed=0, execute=4)
     assert environment.renders == -(-environment.steps // 4)
+
+
+class _Cut(NoisyPolicy):
+    """Hands out ``rows`` of its chunk, repeating it where that is more."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(0.5)
+        self.rows = rows
+
+    def predict_action_chunk(self, *args: Any, **given: Any) -> Any:
+        return np.tile(super().predict_action_chunk(*args, **given), (2, 1))[: self.rows]
+
+
+def test_a_policy_may_hand_out_only_what_is_executed() -> None:
+    whole, cut = (
+        run_episode(_Cut(rows), CONTRACT, FakeEnvironment("go"), "go", 0, seed=0)
+        for rows in (CONTRACT.horizon, CONTRACT.execute)
+    )
+    assert np.array_equal(whole.actions, cut.actions)
+
+
+@pytest.mark.parametrize(("rows", "execute"), [(1, None), (5, None), (2, 3)])
+def test_a_chunk_of_another_length_is_refused(rows: int, execute: int | None) -> None:
+    with pytest.raises(QuantVLAError, match=r"expected shape \(4, 2\), or at least"):
+        run_episode(_Cut(rows), CONTRACT, FakeEnvironment("go"), "go", 0, seed=0, execute=execute)
 
 
 def test_a_killed_evaluation_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,10 +280,19 @@ def tap_attention(policy: nn.Module, callback: AttentionCallback) -> Iterator[No
 class _OneEmbodiment(nn.Module):
     """Linears with weights for every embodiment, of which one is chosen: (..., in) -> (..., out)."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, layer: Any, embodiment: int) -> None:
         super().__init__()
-        self.weight: Tensor = layer.W[embodiment].detach()
-        self.bias: Tensor = layer.b[embodiment].detach()
+        self._of = (layer, embodiment)  # a tuple, so that the weights of all are not this module's
+        with torch.no_grad():
+            self.derive_()
+
+    def derive_(self) -> None:
+        """Take the weights from the policy again."""
+        layer, embodiment = self._of
+        self.weight, self.bias = layer.W[embodiment], layer.b[embodiment]
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
@@ -291,6 +300,8 @@ class _OneEmbodiment(nn.Module):
 
 class _Prefix(Language):
     """Image features, tokens, token_mask (1, length), state (1, padded) -> what the action head reads.
+
+    In torch several observations may stand for the 1, image features then as in `Language.read`.
 
     text_context (1, text tokens, hidden) with text_mask, image_context (1, image tokens, hidden), and
     state_features (1, 1, width).
