@@ -130,9 +130,12 @@ def worker(rank: int, options: Options) -> None:
 
     count = sum(parameter.numel() for parameter in run.parameters.values())
     log(rank, f"{count / 1e6:.2f} M parameters, from step {run.step}, {run.trained_s / 60:.1f} min")
+    first, began_s = run.step, time.process_time()
     train(run, batches, options, save)
+    a_step_s = (time.process_time() - began_s) / max(1, run.step - first)
     save()
-    log(rank, f"stopped at step {run.step}, {run.progress:.0%} of the schedule")
+    done = f"stopped at step {run.step}, {run.progress:.0%} of the schedule"
+    log(rank, f"{done}; {a_step_s:.2f} processor seconds a step")
     dist.barrier()
     dist.destroy_process_group()
 
