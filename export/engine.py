@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import structs
@@ -13,6 +13,7 @@ from quantvla.export.cameras import cameras_apart
 from quantvla.export.graphs import save_graph
 from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
+from quantvla.export.kernel_choice import Wanted, choose_kernels, stock_sites
 from quantvla.export.native import derive_native
 from quantvla.export.panels import store_panels_
 from quantvla.export.rewrite_report import (
@@ -25,13 +26,15 @@ from quantvla.export.rewrites import FUSE_CPU, Rewrite
 from quantvla.export.source import SourcePolicy, load_source
 from quantvla.export.stages import StageGraph, build_graphs
 from quantvla.families.base import LoadedPolicy, replaced
+from quantvla.mixed.latency import LatencyTable
 from quantvla.progress import Progress
-from quantvla.quantized_linear import QuantizedLinear
+from quantvla.quantized_linear import QuantizedLinear, integer_weights
 from quantvla.runtime.errors import explain, nearest
 from quantvla.runtime.files import atomic_directory, sha256_file
 from quantvla.runtime.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
+    KernelChoices,
     Manifest,
     StageSpec,
     encode_manifest,
@@ -55,7 +58,8 @@ def export_engine(
     *,
     overwrite: bool = False,
     guidance: bool = False,
-    own_kernels: bool = True,
+    kernels: Wanted = "auto",
+    profile: LatencyTable | None = None,
     schedule: Schedule | None = None,
     one_camera: bool = False,
     progress: Progress = lambda _what, _done, _total: None,
@@ -63,8 +67,8 @@ def export_engine(
     """Write the engine of a checkpoint for ``target`` to ``output``, whole or not at all.
 
     A LeRobot checkpoint gives the float engine, a quantized checkpoint the integer one.
-    ``guidance`` adds the graph for guided real-time chunking. Without ``own_kernels`` there are only
-    graphs of the engine library's operators. The engine denoises at the times of ``schedule``, if given.
+    ``guidance`` adds the graph for guided real-time chunking. ``kernels`` and ``profile`` decide what
+    integer linears are exported as, see `choose_kernels`. The engine denoises at the times of ``schedule``, if given.
     With ``one_camera`` the vision stage takes cameras one by one, see `quantvla.runtime.reuse`.
     """
     if target not in TARGETS:
@@ -75,21 +79,25 @@ def export_engine(
     with atomic_directory(output, overwrite=overwrite) as directory:
         loaded = cameras_apart(source.loaded) if one_camera else source.loaded
         context = loaded.stage(loaded.interface.sampler.stage).inputs if guidance else ()
-        stages, only_own_times = _write_stages(
-            directory,
-            loaded,
-            TARGETS[target],
-            FUSIONS.get(target, ()),
-            progress,
+        graphs, choices = _stage_graphs(
+            directory, loaded, target, progress, kernels, profile,
             keep=[spec.name for spec in context],
-            own_kernels=own_kernels and target in OWN_KERNELS,
+        )  # fmt: skip
+        blocks = {site: weight.block for site, weight in integer_weights(loaded.policy).items()}
+        own = kernels != "onnxruntime" and target in OWN_KERNELS
+        stages = tuple(
+            write_stage(directory, graph, blocks if own else None, stock_sites(choices))
+            for graph in graphs
         )
         guided = export_guidance(directory, loaded) if guidance else None
         for name, content in loaded.interface.files.items():
             (directory / name).write_bytes(content)
         manifest = make_manifest(directory, source, stages, target)
-        sampler = structs.replace(manifest.sampler, only_own_times=only_own_times)
-        manifest = structs.replace(manifest, guidance=guided, sampler=sampler)
+        own_times = any(graph.only_own_times for graph in graphs)
+        sampler = structs.replace(manifest.sampler, only_own_times=own_times)
+        manifest = structs.replace(
+            manifest, guidance=guided, sampler=sampler, kernels=choices if choices.sites else None
+        )
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest
@@ -104,22 +112,18 @@ def lowered(loaded: LoadedPolicy, lower: Lowering) -> dict[str, nn.Module]:
     }
 
 
-def _write_stages(
+def _stage_graphs(
     directory: Path,
     loaded: LoadedPolicy,
-    lower: Lowering,
-    fusions: tuple[Rewrite, ...],
+    target: str,
     progress: Progress,
-    keep: Sequence[str] = (),
-    own_kernels: bool = True,
-) -> tuple[tuple[StageSpec, ...], bool]:
-    """Write every stage's graph; return their parts of the manifest, and whether they know only the sampler's times."""
-    blocks = {
-        name: module.quantized.block
-        for name, module in loaded.policy.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
-    with replaced(loaded.policy, lowered(loaded, lower)):
+    kernels: Wanted,
+    profile: LatencyTable | None,
+    keep: Sequence[str],
+) -> tuple[tuple[StageGraph, ...], KernelChoices]:
+    """Return every stage's graph and what its integer linears become; write the report of the rewrites."""
+    fusions = FUSIONS.get(target, ())
+    with replaced(loaded.policy, lowered(loaded, TARGETS[target])):
         graphs = build_graphs(loaded.stages, loaded.interface.sampler, fusions, progress, keep=keep)
     rewrites = [
         StageRewrites(
@@ -128,15 +132,20 @@ def _write_stages(
         for graph in graphs
     ]
     (directory / REWRITES_FILE).write_bytes(encode_rewrites(rewrites))
-    specs = tuple(
-        write_stage(directory, graph, blocks if own_kernels else None) for graph in graphs
-    )
-    return specs, any(graph.only_own_times for graph in graphs)
+    return graphs, choose_kernels(graphs, integer_weights(loaded.policy), kernels, profile)
 
 
-def write_stage(directory: Path, graph: StageGraph, blocks: Mapping[str, int] | None) -> StageSpec:
-    """Write a stage's graph and, with ``blocks`` (of the integer sites), the one of own operators."""
-    integer = blocks is not None and store_panels_(graph.model, blocks) > 0
+def write_stage(
+    directory: Path,
+    graph: StageGraph,
+    blocks: Mapping[str, int] | None,
+    stock: Collection[str] = frozenset(),
+) -> StageSpec:
+    """Write a stage's graph and, with ``blocks`` (of the integer sites), the one of own operators.
+
+    The sites in ``stock`` keep the engine library's operator there.
+    """
+    integer = blocks is not None and store_panels_(graph.model, blocks, stock) > 0
     store_half_scales_(graph.model)
     file, *_ = save_graph(graph.model, directory / f"{graph.name}.onnx")
     native = ""

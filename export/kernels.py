@@ -50,6 +50,11 @@ class Combine(Enum):
     MULTIPLY = 2
 
 
+def operator_block(block: int) -> int:
+    """Return the largest block that ``MatMulNBits`` takes and that divides ``block``."""
+    return min(block & -block, 256)
+
+
 def back_to_file(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.Node]]:
     """Return the stored value that nodes lay out as ``value``, and these nodes, the last one first.
 

@@ -16,6 +16,7 @@ from quantvla.export.kernels import (
     FLOAT_ACCURACY_LEVEL,
     INT8_ACCURACY_LEVEL,
     MATMUL_NBITS,
+    operator_block,
 )
 from quantvla.quantized_linear import QuantizedLinear
 from quantvla.quantizer import pack_codes
@@ -82,11 +83,6 @@ class MatMulNBitsLinear(_KernelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.node(MATMUL_NBITS.operator, x, MATMUL_NBITS.bias, self._attributes)
-
-
-def operator_block(block: int) -> int:
-    """Return the largest block that ``MatMulNBits`` takes and that divides ``block``."""
-    return min(block & -block, 256)
 
 
 class DynamicMatMulLinear(_KernelLinear):

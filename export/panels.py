@@ -7,7 +7,7 @@ they lie in the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -47,17 +47,27 @@ def fits(node: ir.Node) -> bool:
     )
 
 
-def store_panels_(model: ir.Model, blocks: Mapping[str, int]) -> int:
-    """Store the weights of all kernels that fit as panels; returns how many.
+def store_panels_(
+    model: ir.Model, blocks: Mapping[str, int], leave: Collection[str] = frozenset()
+) -> int:
+    """Store the weights of all kernels that fit as panels, but for the sites in ``leave``; returns how many fit.
 
     ``blocks`` is the block of the scheme by site. Where the operator's own block is smaller, every
     scale is stored once and repeated when the graph is loaded.
     """
-    changed = 0
+    found = 0
     known: dict[ir.Value, ir.Value] = {}  # the exporter lets equal constants be one
     for node in [node for node in model.graph if node.op_type == MATMUL_NBITS.operator]:
         weight, scales = node.inputs[MATMUL_NBITS.weight], node.inputs[MATMUL_NBITS.scales]
         if not fits(node) or weight is None or scales is None or constant(weight) is None:
+            continue
+        found += 1
+        if site_name(node) in leave:
+            values = constant(scales)
+            if values is not None and (scales in known or len(scales.uses()) > 1):
+                # shared with one that becomes panels
+                copy = Editor(model, node).constant(f"{weight.name}.scales", values)
+                node.replace_input_with(MATMUL_NBITS.scales, copy)
             continue
         block = blocks.get(site_name(node), node.attributes["block_size"].as_int())
         editor = Editor(model, node)
@@ -67,8 +77,7 @@ def store_panels_(model: ir.Model, blocks: Mapping[str, int]) -> int:
             known[scales] = _scales(editor, node, scales, block)
         node.replace_input_with(MATMUL_NBITS.weight, known[weight])
         node.replace_input_with(MATMUL_NBITS.scales, known[scales])
-        changed += 1
-    return changed
+    return found
 
 
 def _weight(editor: Editor, weight: ir.Value) -> ir.Value:

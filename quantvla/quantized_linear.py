@@ -26,6 +26,15 @@ class QuantizedLinear(nn.Module):
         return integer_linear(x, self.quantized, self.bias)
 
 
+def integer_weights(policy: nn.Module) -> dict[str, QuantizedWeight]:
+    """Return the weights of all integer linears in place in a policy, by site."""
+    return {
+        name: module.quantized
+        for name, module in policy.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+
+
 class SimulatedLinear(nn.Module):
     """The same numbers as `QuantizedLinear` up to float32 rounding, in one float product: for calibration."""
 

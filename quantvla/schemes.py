@@ -74,6 +74,12 @@ def scheme_name(weight_bits: int, inputs: Inputs) -> str:
     )
 
 
+def format_of(weight_bits: int, inputs: Inputs, block: int) -> str:
+    """Return how a number format is written: ``w4a8:32``; without a block where a row has one scale."""
+    name = scheme_name(weight_bits, inputs)
+    return name if inputs == "uint8_tensor" else f"{name}:{block}"
+
+
 def resolve_scheme(name: str, blocks: tuple[int, ...], *, site: str, in_features: int) -> Scheme:
     """Return the scheme called ``name`` with the first of ``blocks`` that divides ``in_features``.
 

@@ -122,6 +122,30 @@ class ActionSpec(Strict, frozen=True, kw_only=True):
         return chunk[0, : self.horizon, : self.dim]
 
 
+class SiteKernel(Strict, frozen=True, kw_only=True):
+    """The operator that an integer linear was exported as, and why.
+
+    ``median_us``: microseconds of a call by operator that computes the linear's format, as measured
+    on the machine of `KernelChoices`; empty where that has not measured this shape.
+    """
+
+    site: str
+    stage: str
+    format: str
+    shape: tuple[int, ...]
+    out_features: int
+    operator: str
+    reason: str
+    median_us: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+class KernelChoices(Strict, frozen=True, kw_only=True):
+    """What all integer linears were exported as, in graph order; ``profile`` is the machine measured on, "" if none."""
+
+    profile: str
+    sites: tuple[SiteKernel, ...]
+
+
 class Source(Strict, frozen=True, kw_only=True):
     """Where the engine came from."""
 
@@ -150,6 +174,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
     source: Source
     versions: dict[str, str]
     guidance: GuidanceSpec | None = None
+    kernels: KernelChoices | None = None
 
     @property
     def observation_keys(self) -> frozenset[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import click
 from rich.console import Console
@@ -11,11 +13,20 @@ from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
 from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options
 from quantvla.export.engine import TARGETS, export_engine
+from quantvla.export.kernel_choice import Wanted
 from quantvla.export.rewrite_report import REWRITES_FILE, read_rewrites
+from quantvla.mixed.cache import cache_directory
+from quantvla.mixed.latency import LatencyTable, TableFile
+from quantvla.mixed.profile import this_machine
 from quantvla.runtime.errors import explain, nearest
 from quantvla.runtime.site_formats import SiteFormat, read_formats
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 from quantvla.schedule import read_schedule
+
+
+def _profile(target: str, threads: int | None, cache: Path | None) -> LatencyTable:
+    """Return what was measured on this machine, empty if nothing; raises `QuantVLAError` for another machine's."""
+    return TableFile(cache or cache_directory(), this_machine(target, threads)).read()
 
 
 @click.command()
@@ -45,13 +56,23 @@ from quantvla.schedule import read_schedule
 @click.option(
     "--cameras-apart", is_flag=True, help="Run vision once a camera, so that unchanged ones can be left out (target cpu).",
 )  # fmt: skip
+@click.option(
+    "--kernels", type=click.Choice(get_args(Wanted)), default="auto", show_default=True,
+    help="Target cpu: what computes integer linears. auto: for each the fastest that `quantvla profile` measured here, "
+    "own ones where it measured none; own: the project's; onnxruntime: its operators only.",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(min=1),
+    help="Target cpu: threads that kernels were profiled with.  [default: one per physical core]",
+)  # fmt: skip
+@options.cache
 @options.seed
 @options.output
 @options.overwrite
 def export(
     checkpoint: Path, target: str, guidance: bool, board: str | None, activations: str, precision: str,
-    embedding: str, calib: Path | None, frames: int, schedule: Path | None, cameras_apart: bool, seed: int,
-    output: Path, overwrite: bool,
+    embedding: str, calib: Path | None, frames: int, schedule: Path | None, cameras_apart: bool,
+    kernels: Wanted, threads: int | None, cache: Path | None, seed: int, output: Path, overwrite: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT as an engine: a quantized one, or a LeRobot one for the float engine."""
     known = (*TARGETS, *GPU_TARGETS)
@@ -71,6 +92,10 @@ def export(
             raise explain(
                 f"target {target}", "runs all cameras in one call", remedy="leave --cameras-apart out",
             )  # fmt: skip
+        if target in GPU_TARGETS and kernels != "auto":
+            raise explain(
+                f"target {target}", "runs TensorRT's kernels", remedy="leave --kernels out",
+            )  # fmt: skip
         if target in GPU_TARGETS:
             chosen = GpuOptions(target, board, activations, precision, embedding)
             manifest, changed = export_for_gpu(
@@ -86,6 +111,8 @@ def export(
                 guidance=guidance,
                 schedule=None if schedule is None else read_schedule(schedule),
                 one_camera=cameras_apart,
+                kernels=kernels,
+                profile=_profile(target, threads, cache) if kernels == "auto" else None,
                 progress=progress,
             )
     size = sum(path.stat().st_size for path in output.iterdir())
@@ -99,6 +126,17 @@ def export(
         )
     for site in changed:
         console.print(f"{site.site}: {site.format}, {site.reason}")
+    if (chosen_kernels := manifest.kernels) is not None:
+        counts = Counter(site.operator for site in chosen_kernels.sites)
+        console.print(
+            f"integer linears: {', '.join(f'{n} {name}' for name, n in counts.items())}; "
+            + (
+                f"profile of {chosen_kernels.profile}"
+                if chosen_kernels.profile
+                else "no profile used"
+            )
+            + " (`quantvla inspect` says why)"
+        )
     for stage in read_rewrites(output):
         if stage.unfused_attention:
             console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,13 @@ from quantvla.cli.build import print_linears, print_record
 from quantvla.export.integers import IntegerSite, integer_sites
 from quantvla.plan import CARD_FILE
 from quantvla.runtime import kernels
-from quantvla.runtime.manifest import Manifest, check_files, encode_manifest, read_manifest
+from quantvla.runtime.manifest import (
+    KernelChoices,
+    Manifest,
+    check_files,
+    encode_manifest,
+    read_manifest,
+)
 from quantvla.runtime.site_formats import read_formats
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 from quantvla.runtime.tensorrt_plans import read_records
@@ -71,6 +78,8 @@ def inspect(engine: Path, as_json: bool) -> None:
     Console().print(table)
     if formats:
         Console().print(_formats_table(formats))
+        if manifest.kernels is not None:
+            Console().print(_choices_table(manifest.kernels))
         Console().print(f"integer linears run on {_kernels(manifest)} kernels on this machine")
     if planned is not None:
         print_linears(planned, records)
@@ -142,6 +151,25 @@ def _formats_table(formats: list[Format]) -> Table:
             found.stage, found.scheme, str(found.block or "row"), str(found.sites),
             f"{found.bytes / 2**20:.2f}", f"{found.half_bytes / 2**20:.2f}",
         )  # fmt: skip
+    return table
+
+
+def _choices_table(choices: KernelChoices) -> Table:
+    """Return what the linears were exported as and why; those of several layers that agree in one row."""
+    measured_on = f"measured on {choices.profile}" if choices.profile else "nothing measured"
+    table = Table(title=f"operators of integer linears, {measured_on}")
+    for column in ("stage", "linear", "input", "out", "format", "operator", "why", "microseconds"):
+        table.add_column(column, overflow="fold")
+    rows: dict[tuple[str, ...], int] = {}
+    for site in choices.sites:
+        times = ", ".join(f"{name} {value:.1f}" for name, value in site.median_us.items())
+        row = (
+            site.stage, re.sub(r"\d+", "*", site.site), " x ".join(map(str, site.shape)),
+            str(site.out_features), site.format, site.operator, site.reason, times,
+        )  # fmt: skip
+        rows[row] = rows.get(row, 0) + 1
+    for (stage, name, *others), count in rows.items():
+        table.add_row(stage, f"{count} {name}", *others)
     return table
 
 

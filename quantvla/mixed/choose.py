@@ -16,9 +16,10 @@ from quantvla.mixed.latency import Kernel
 from quantvla.mixed.offers import Format, format_name, input_shapes, offers
 from quantvla.mixed.sensitivity import Choice
 from quantvla.plan import PlanEntry, PlannedSite
+from quantvla.quantized_linear import integer_weights
 from quantvla.recipe import Default, Recipe
 from quantvla.runtime.errors import QuantVLAError
-from quantvla.schemes import Scheme
+from quantvla.schemes import Scheme, format_of
 
 MIB = 2**20
 FLOAT_BYTES = 4  # an engine for the CPU keeps float weights in 32 bits
@@ -163,6 +164,21 @@ def policy_kernels(loaded: LoadedPolicy, formats: Sequence[Format]) -> list[Kern
     plan = make_plan(loaded.sites, Recipe(name="all", rules=(), default=_ALL, passes=()))
     offered = [(e, offers(e, formats)) for e in plan.entries if e not in plan.dropped]
     return list(dict.fromkeys(kernels(loaded, offered).values()))
+
+
+def planned_kernels(loaded: LoadedPolicy) -> list[Kernel]:
+    """Return the kernels of the integer linears in place in a quantized policy, each once, in its formats."""
+    linears = integer_weights(loaded.policy)
+    shapes = input_shapes(loaded, list(linears))
+    found = [
+        Kernel(
+            shapes[name], weight.codes.shape[0], loaded.policy.get_submodule(name).bias is not None,
+            format_of(weight.bits, weight.inputs, weight.block),
+        )
+        for name, weight in linears.items()
+        if name in shapes
+    ]  # fmt: skip
+    return list(dict.fromkeys(found))
 
 
 def latencies(

@@ -48,11 +48,19 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KernelTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Median duration of one call, in microseconds, of so many; the call of an empty graph taken off."""
+    """Median duration of one call, in microseconds, by operator that computes the kernel's format.
+
+    Over ``calls`` calls of each; the call of an empty graph is taken off.
+    """
 
     kernel: Kernel
-    median_us: float
+    median_us: dict[str, float]
     calls: int
+
+    @property
+    def fastest_us(self) -> float:
+        """The duration with the fastest operator."""
+        return min(self.median_us.values())
 
 
 class LatencyTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,7 +71,11 @@ class LatencyTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     times: tuple[KernelTime, ...]
 
     def lookup(self) -> dict[Kernel, float]:
-        """Return microseconds by kernel."""
+        """Return microseconds by kernel, of the fastest operator."""
+        return {time.kernel: time.fastest_us for time in self.times}
+
+    def operators(self) -> dict[Kernel, dict[str, float]]:
+        """Return microseconds by kernel and operator."""
         return {time.kernel: time.median_us for time in self.times}
 
     def missing(self, kernels: Iterable[Kernel]) -> list[Kernel]:

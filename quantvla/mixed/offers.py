@@ -12,7 +12,7 @@ from torch import nn
 from quantvla.families.base import LoadedPolicy
 from quantvla.plan import PlanEntry
 from quantvla.runtime.errors import explain, nearest
-from quantvla.schemes import FLOAT, INTEGER_SCHEMES, Scheme, resolve_scheme
+from quantvla.schemes import FLOAT, INTEGER_SCHEMES, Scheme, format_of, resolve_scheme
 from quantvla.staged import run_stage
 
 DEFAULT_FORMATS = (
@@ -60,9 +60,10 @@ def _parse(text: str) -> Format:
 
 
 def format_name(scheme: Scheme) -> str:
-    """Return how a scheme is written: ``w4a8:32``; without a block where a row has one scale."""
-    blocked = not scheme.is_float and scheme.inputs != "uint8_tensor"
-    return f"{scheme.name}:{scheme.block}" if blocked else scheme.name
+    """Return how a scheme is written, see `format_of`."""
+    if scheme.is_float:
+        return scheme.name
+    return format_of(scheme.weight_bits, scheme.inputs, scheme.block)
 
 
 def offers(entry: PlanEntry, formats: Sequence[Format]) -> tuple[Scheme, ...]:

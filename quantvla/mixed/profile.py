@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from quantvla.export.engine import OWN_KERNELS, TARGETS, write_stage
 from quantvla.export.graphs import export_graph
+from quantvla.export.kernel_choice import FLOAT_OPERATOR, exact_operators
+from quantvla.export.kernels import INTEGER_LINEAR
 from quantvla.export.stages import StageGraph
 from quantvla.families.base import Stage
 from quantvla.mixed.latency import Kernel, KernelTime, LatencyTable, Machine, TableFile
@@ -25,6 +27,7 @@ from quantvla.quantized_linear import QuantizedLinear
 from quantvla.quantizer import QuantizedWeight
 from quantvla.runtime.backend import backend_for
 from quantvla.runtime.errors import explain, nearest
+from quantvla.runtime.kernels import available
 from quantvla.runtime.machine import physical_cores, processor
 from quantvla.runtime.manifest import TensorSpec
 from quantvla.schemes import FLOAT, Scheme, resolve_scheme
@@ -71,21 +74,30 @@ def measure_missing(
 
 
 def measure(kernels: Sequence[Kernel], machine: Machine, *, rounds: int) -> list[KernelTime]:
-    """Return the median duration of each kernel over ``rounds`` turns, an empty call taken off."""
+    """Return the median duration of each kernel with every operator that computes its format.
+
+    Over ``rounds`` turns, an empty call taken off. Own operators are left out where they do not load.
+    """
+    ways = [(kernel, operator) for kernel in kernels for operator in _operators(kernel, machine)]
     with TemporaryDirectory() as work, ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(0)
         empty = _session(nn.ReLU(), (1,), (1,), machine, Path(work) / "empty")
-        calls = [empty, *(_kernel(k, machine, Path(work) / str(i)) for i, k in enumerate(kernels))]
+        calls = [empty]
+        for index, (kernel, operator) in enumerate(ways):
+            calls.append(_kernel(kernel, operator, machine, Path(work) / str(index)))
         counts = [_calls_per_sample(call) for call in calls]
         samples: list[list[float]] = [[] for _ in calls]
         for _ in range(rounds):
             for call, count, found in zip(calls, counts, samples, strict=True):
                 found.append(_duration_s(call, count) / count)
     overhead, *medians = (median(found) * 1e6 for found in samples)
+    times: dict[Kernel, dict[str, float]] = {kernel: {} for kernel in kernels}
+    for (kernel, operator), duration_us in zip(ways, medians, strict=True):
+        times[kernel][operator] = round(max(duration_us - overhead, 0.01), 2)
+    called = {kernel: rounds * count for (kernel, _), count in zip(ways, counts[1:], strict=True)}
     return [
-        KernelTime(kernel, round(max(found - overhead, 0.01), 2), rounds * count)
-        for kernel, found, count in zip(kernels, medians, counts[1:], strict=True)
+        KernelTime(kernel, by_operator, called[kernel]) for kernel, by_operator in times.items()
     ]
 
 
@@ -107,15 +119,28 @@ def _duration_s(call: Call, count: int) -> float:
     return (time.perf_counter_ns() - start_ns) / 1e9
 
 
-def _kernel(kernel: Kernel, machine: Machine, directory: Path) -> Call:
+def _scheme(kernel: Kernel) -> Scheme:
     (form,) = parse_formats([kernel.format])
-    in_features = kernel.shape[-1]
-    scheme = resolve_scheme(
-        form.scheme, (form.block,), site=kernel.describe(), in_features=in_features
+    columns = kernel.shape[-1]
+    return resolve_scheme(form.scheme, (form.block,), site=kernel.describe(), in_features=columns)
+
+
+def _operators(kernel: Kernel, machine: Machine) -> tuple[str, ...]:
+    scheme = _scheme(kernel)
+    if scheme == FLOAT:
+        return (FLOAT_OPERATOR,)
+    own = machine.target in OWN_KERNELS and available().library is not None
+    return exact_operators(
+        scheme.weight_bits, scheme.inputs, scheme.block, kernel.out_features, own=own
     )
+
+
+def _kernel(kernel: Kernel, operator: str, machine: Machine, directory: Path) -> Call:
+    scheme = _scheme(kernel)
     module = _module(kernel, scheme, machine.target)
     output = (*kernel.shape[:-1], kernel.out_features)
-    return _session(module, kernel.shape, output, machine, directory, scheme.block)
+    block = scheme.block if operator == INTEGER_LINEAR.operator else 0
+    return _session(module, kernel.shape, output, machine, directory, block)
 
 
 def _module(kernel: Kernel, scheme: Scheme, target: str) -> nn.Module:
@@ -140,13 +165,13 @@ def _session(
 ) -> Call:
     """Return a call of the module as the engine would run it: the same export, the same session.
 
-    ``block`` is that of an integer linear's scheme, 0 for float.
+    ``block`` is that of the scheme where the own operator is to run, 0 where the engine library's is.
     """
     x = TensorSpec(name="x", dtype="float32", shape=shape)
     y = TensorSpec(name="y", dtype="float32", shape=output)
     graph = StageGraph("kernel", 1, export_graph(Stage("kernel", module, (x,), (y,))), {})
     directory.mkdir()
-    blocks = {"qweight": block} if block and machine.target in OWN_KERNELS else None
+    blocks = {"qweight": block} if block else None
     spec = write_stage(directory, graph, blocks)
     session = backend_for(machine.target).load(directory / spec.file, spec, machine.threads)
     tensors = {"x": np.random.default_rng(0).standard_normal(shape, np.float32)}

@@ -19,13 +19,14 @@ from quantvla.mixed.latency import (
 )
 from quantvla.mixed.profile import measure, measure_missing, this_machine
 from quantvla.runtime.errors import QuantVLAError
+from quantvla.runtime.kernels import available
 
 HERE = Machine("cpu", "Test CPU (1/2/3)", "onnxruntime 1.0", 1)
 SMALL = [Kernel((1, 3, 64), 16, True, form) for form in ("float", "w4a8:32", "w8a8-dynamic")]
 
 
 def fake_measure(kernels: Sequence[Kernel], machine: Machine, *, rounds: int) -> list[KernelTime]:
-    return [KernelTime(kernel, 10.0 + len(kernel.format), rounds) for kernel in kernels]
+    return [KernelTime(k, {"slow": 99.0, "fast": 10.0 + len(k.format)}, rounds) for k in kernels]
 
 
 def test_kernels_of_this_machine_are_measured_in_every_format() -> None:
@@ -33,7 +34,10 @@ def test_kernels_of_this_machine_are_measured_in_every_format() -> None:
     here = this_machine("cpu", 1)
     times = measure(SMALL, here, rounds=3)
     assert [time.kernel for time in times] == SMALL
-    assert all(0 < time.median_us < 1e6 and time.calls >= 3 for time in times)
+    assert all(0 < time.fastest_us < 1e6 and time.calls >= 3 for time in times)
+    own = {"IntegerLinear"} if available().library is not None else set()
+    operators = [set(time.median_us) for time in times]
+    assert operators == [{"MatMul"}, own | {"MatMulNBits"}, {"DynamicQuantizeMatMul"}]
     assert "onnxruntime" in here.engine_library and here.threads == 1
 
 
@@ -58,6 +62,7 @@ def test_only_missing_kernels_are_measured_and_a_killed_run_continues(
     monkeypatch.setattr(profile, "measure", fake_measure)
     table = measure_missing([*SMALL, *other, *SMALL], file)
     assert set(table.lookup()) == {*SMALL, *other}
+    assert set(table.lookup().values()) == {10.0 + len(kernel.format) for kernel in table.lookup()}
     assert len(table.times) == len(SMALL) + len(other)
     monkeypatch.setattr(profile, "measure", None)  # nothing is missing, so nothing is measured
     assert measure_missing(SMALL, file) == table

@@ -108,7 +108,7 @@ def test_a_weight_that_does_not_fit_is_refused(tiny_integer_engine: Path, tmp_pa
 def test_an_export_without_own_kernels_has_stock_graphs_only(
     tiny_quantized: Path, tmp_path: Path
 ) -> None:
-    manifest = export_engine(tiny_quantized, "cpu", tmp_path / "stock", own_kernels=False)
+    manifest = export_engine(tiny_quantized, "cpu", tmp_path / "stock", kernels="onnxruntime")
     assert not any(stage.native for stage in manifest.stages)
     assert not list((tmp_path / "stock").glob("*.native.onnx"))
 
