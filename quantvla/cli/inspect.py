@@ -79,7 +79,8 @@ def inspect(engine: Path, as_json: bool) -> None:
     if formats:
         Console().print(_formats_table(formats))
         if manifest.kernels is not None:
-            Console().print(_choices_table(manifest.kernels))
+            wide = None if Console().is_terminal else max(Console().width, 160)
+            Console(width=wide).print(_choices_table(manifest.kernels))
         Console().print(f"integer linears run on {_kernels(manifest)} kernels on this machine")
     if planned is not None:
         print_linears(planned, records)
