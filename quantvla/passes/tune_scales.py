@@ -122,6 +122,6 @@ def _require_finite(loss: Tensor, step: int) -> None:
         raise explain(
             "tune_scales",
             "the error of the velocities is not finite",
-            got=f"{float(loss)} in step {step}",
+            got=f"{float(loss.detach())} in step {step}",
             remedy="lower `rate` in the recipe",
         )
