@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from quantvla.export.eight_bits import integer_columns
-from quantvla.export.tensorrt_nodes import HALF, NUMPY_HALF
+from quantvla.export.tensorrt_nodes import HALF, NUMPY_HALF, initializer
 from quantvla.quantizer import quantize_weight
+from quantvla.runtime.errors import explain
 from quantvla.runtime.site_formats import EmbeddingFormat
 
 _INT4_BLOCK = 32
@@ -28,7 +29,8 @@ def narrow_embeddings_(
 ) -> tuple[tuple[EmbeddingFormat, ...], frozenset[ir.Node]]:
     """Store the tables that token ids look up in ``number_format`` ("half": as they are).
 
-    Returns what changed, and the nodes whose types are final. A table whose rows are no whole blocks stays.
+    Returns what changed, and the nodes whose types are final. Raises `QuantVLAError` for a table whose rows are
+    no whole blocks.
     """
     found: list[EmbeddingFormat] = []
     final: set[ir.Node] = set()
@@ -38,12 +40,15 @@ def narrow_embeddings_(
         assert value.const_value is not None
         array = np.asarray(value.const_value.numpy(), np.float32)
         if number_format == "int4" and array.shape[1] % _INT4_BLOCK:
-            continue
+            raise explain(
+                value.name, f"its rows are no whole blocks of {_INT4_BLOCK}", got=array.shape[1],
+                remedy="use --embedding int8",
+            )  # fmt: skip
         codes, scales, attributes = _narrowed(array, number_format, NUMPY_HALF[activations])
         kind = ir.DataType.INT4 if number_format == "int4" else ir.DataType.INT8
         half = HALF[activations]
-        stored = _initializer(model.graph, f"{value.name}.{number_format}", codes, kind)
-        steps = _initializer(model.graph, f"{value.name}.scale", scales, half)
+        stored = initializer(model.graph, f"{value.name}.{number_format}", codes, kind)
+        steps = initializer(model.graph, f"{value.name}.scale", scales, half)
         wide = ir.node(
             "DequantizeLinear", [stored, steps], attributes=attributes, name=f"{value.name}.dq"
         )
@@ -104,14 +109,3 @@ def _narrowed(
     scales = np.concatenate([part.scales.float().numpy() for part in made]).astype(half)
     codes = np.concatenate([part.codes.numpy() for part in made]).astype(ml_dtypes.int4)
     return codes, scales, {"axis": 1, "block_size": _INT4_BLOCK}
-
-
-def _initializer(
-    graph: ir.Graph, name: str, array: NDArray[np.generic], kind: ir.DataType
-) -> ir.Value:
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(kind),
-        const_value=ir.tensor(array, dtype=kind, name=name),
-    )  # fmt: skip
-    graph.register_initializer(value)
-    return value

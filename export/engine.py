@@ -26,7 +26,7 @@ from quantvla.export.rewrites import FUSE_CPU, Rewrite
 from quantvla.export.source import SourcePolicy, load_source
 from quantvla.export.stages import StageGraph, build_graphs
 from quantvla.families.base import LoadedPolicy, replaced
-from quantvla.mixed.latency import LatencyTable
+from quantvla.latency_table import LatencyTable
 from quantvla.progress import Progress
 from quantvla.quantized_linear import QuantizedLinear, integer_weights
 from quantvla.runtime.errors import explain, nearest

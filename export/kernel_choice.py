@@ -17,21 +17,20 @@ from quantvla.export.kernels import (
     operator_block,
     site_name,
 )
-from quantvla.export.panels import PANEL, SMALLEST_BLOCK
+from quantvla.export.panels import shape_fits
 from quantvla.export.rewrites.graph import shape_of
 from quantvla.export.stages import StageGraph
-from quantvla.mixed.latency import Kernel, LatencyTable
+from quantvla.latency_table import Kernel, LatencyTable
 from quantvla.quantizer import QuantizedWeight
 from quantvla.runtime.manifest import KernelChoices, SiteKernel
 from quantvla.schemes import Inputs, format_of
 
 Wanted = Literal["auto", "own", "onnxruntime"]
-"""``auto``: the fastest as measured, `DEFAULT` where nothing was; ``own``: the project's wherever they fit;
+"""``auto``: the fastest as measured, the default where nothing was; ``own``: the project's wherever they fit;
 ``onnxruntime``: its operators only, no graph of own ones."""
 MARGIN = 0.05
 """By how much another operator must be faster than the default: medians scatter by that, and own
 operators take the activation and the addition that follow them in, which a profile does not time."""
-FLOAT_OPERATOR = "MatMul"
 
 _Linear = tuple[int, int, int, bool, str]
 
@@ -46,8 +45,8 @@ def exact_operators(
     """
     if inputs == "uint8_tensor":
         return (DYNAMIC_MATMUL.operator,)
-    fits = out_features % PANEL == 0 and operator_block(block) % SMALLEST_BLOCK == 0
-    found = [INTEGER_LINEAR.operator] if own and fits and inputs == "int8_block" else []
+    fits = inputs == "int8_block" and shape_fits(out_features, operator_block(block))
+    found = [INTEGER_LINEAR.operator] if own and fits else []
     if not found or operator_block(block) == block:
         found.append(MATMUL_NBITS.operator)
     return tuple(found)

@@ -37,14 +37,15 @@ def from_panels(panels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def fits(node: ir.Node) -> bool:
     """Whether a ``MatMulNBits`` node has the shape and format that the own kernels take."""
-    attributes = {name: node.attributes[name].as_int() for name in ("N", "K", "bits")}
-    level = node.attributes["accuracy_level"].as_int()
-    return (
-        level == INT8_ACCURACY_LEVEL
-        and attributes["N"] % PANEL == 0
-        and attributes["bits"] in (4, 8)
-        and node.attributes["block_size"].as_int() % SMALLEST_BLOCK == 0
+    bits, level, out_features, block = (
+        node.attributes[name].as_int() for name in ("bits", "accuracy_level", "N", "block_size")
     )
+    return level == INT8_ACCURACY_LEVEL and bits in (4, 8) and shape_fits(out_features, block)
+
+
+def shape_fits(out_features: int, block: int) -> bool:
+    """Whether the own kernels take so many rows, in blocks of the operator of that size."""
+    return out_features % PANEL == 0 and block % SMALLEST_BLOCK == 0
 
 
 def store_panels_(

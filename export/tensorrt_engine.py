@@ -92,6 +92,11 @@ def export_tensorrt(
             embeddings += lowered.embeddings
         progress("lowering", len(loaded.stages), len(loaded.stages))
         _require_all(sites, formats)
+        if plan.embedding != "half" and not embeddings:
+            raise explain(
+                "token embedding", "no table that token ids look up is in the graphs",
+                got=f"--embedding {plan.embedding}", remedy="leave --embedding out",
+            )  # fmt: skip
         board = board_named(plan.board)
         content = SiteFormats(
             board=plan.board, compute_capabilities=_capabilities(plan, board.compute_capability),

@@ -13,6 +13,18 @@ HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY_HALF = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
+def initializer(
+    graph: ir.Graph, name: str, array: NDArray[np.generic], kind: ir.DataType
+) -> ir.Value:
+    """Store an array in the graph and return its value."""
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(kind),
+        const_value=ir.tensor(array, dtype=kind, name=name),
+    )  # fmt: skip
+    graph.register_initializer(value)
+    return value
+
+
 class NodeWriter:
     """Writes nodes in front of one mark of a graph and puts their result in its place.
 
@@ -29,12 +41,9 @@ class NodeWriter:
         return self._add("Cast", [source], source.shape, self._half, "input", to=self._half.value)
 
     def _reshape(self, x: ir.Value, dims: Sequence[int], what: str) -> ir.Value:
-        name = f"{self._name}.{what}_shape"
-        shape = ir.Value(
-            name=name, shape=ir.Shape((len(dims),)), type=ir.TensorType(ir.DataType.INT64),
-            const_value=ir.tensor(np.array(dims, np.int64), name=name),
-        )  # fmt: skip
-        self._graph.register_initializer(shape)
+        shape = initializer(
+            self._graph, f"{self._name}.{what}_shape", np.array(dims, np.int64), ir.DataType.INT64
+        )
         return self._add("Reshape", [x, shape], ir.Shape(tuple(dims)), self._half, what)
 
     def _replace(self, old: ir.Value, new: ir.Value) -> None:
@@ -69,14 +78,7 @@ class NodeWriter:
     ) -> ir.Value:
         name = f"{site}.{what}"
         known = self._graph.initializers.get(name)
-        if known is not None:
-            return known
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(kind),
-            const_value=ir.tensor(array, dtype=kind, name=name),
-        )  # fmt: skip
-        self._graph.register_initializer(value)
-        return value
+        return initializer(self._graph, name, array, kind) if known is None else known
 
     def _add(
         self, operator: str, inputs: list[ir.Value], shape: ir.Shape | None, kind: ir.DataType,

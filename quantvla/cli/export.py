@@ -11,17 +11,35 @@ from rich.console import Console
 
 from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
-from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options
+from quantvla.cli.target_options import GpuOptions, export_for_gpu, gpu_options, refuse_gpu_options
 from quantvla.export.engine import TARGETS, export_engine
 from quantvla.export.kernel_choice import Wanted
 from quantvla.export.rewrite_report import REWRITES_FILE, read_rewrites
+from quantvla.latency_table import LatencyTable, TableFile
 from quantvla.mixed.cache import cache_directory
-from quantvla.mixed.latency import LatencyTable, TableFile
 from quantvla.mixed.profile import this_machine
 from quantvla.runtime.errors import explain, nearest
 from quantvla.runtime.site_formats import SiteFormat, read_formats
 from quantvla.runtime.targets import TARGETS as GPU_TARGETS
 from quantvla.schedule import read_schedule
+
+_NOT_ON_GPU = {
+    "guidance": "has no guidance graph; guidance 'prefix' and 'forward' need none",
+    "schedule": "has the policy's own equal steps in its graphs",
+    "cameras_apart": "runs all cameras in one call",
+    "kernels": "runs TensorRT's kernels",
+    "threads": "runs TensorRT's kernels",
+    "cache": "runs TensorRT's kernels",
+}
+"""Why an option means nothing to a GPU target."""
+
+
+def _refuse_cpu_options(target: str) -> None:
+    for name, why in _NOT_ON_GPU.items():
+        if options.is_given(name):
+            raise explain(
+                f"target {target}", why, remedy=f"leave --{name.replace('_', '-')} out"
+            )  # fmt: skip
 
 
 def _profile(target: str, threads: int | None, cache: Path | None) -> LatencyTable:
@@ -80,29 +98,15 @@ def export(
         raise explain(f"target {target!r}", "unknown", remedy=nearest(target, known))
     changed: tuple[SiteFormat, ...] = ()
     with progress_bar() as progress:
-        if target in GPU_TARGETS and guidance:
-            raise explain(
-                f"target {target}", "has no guidance graph", remedy="leave --guidance out; guidance 'prefix' and 'forward' need none",
-            )  # fmt: skip
-        if target in GPU_TARGETS and schedule:
-            raise explain(
-                f"target {target}", "has the policy's own equal steps in its graphs", remedy="leave --schedule out",
-            )  # fmt: skip
-        if target in GPU_TARGETS and cameras_apart:
-            raise explain(
-                f"target {target}", "runs all cameras in one call", remedy="leave --cameras-apart out",
-            )  # fmt: skip
-        if target in GPU_TARGETS and kernels != "auto":
-            raise explain(
-                f"target {target}", "runs TensorRT's kernels", remedy="leave --kernels out",
-            )  # fmt: skip
         if target in GPU_TARGETS:
+            _refuse_cpu_options(target)
             chosen = GpuOptions(target, board, activations, precision, embedding)
             manifest, changed = export_for_gpu(
                 checkpoint, chosen, output, calib=calib, frames=frames, seed=seed, overwrite=overwrite,
                 progress=progress,
             )  # fmt: skip
         else:
+            refuse_gpu_options(f"--target {target}", "calib", "frames")
             manifest = export_engine(
                 checkpoint,
                 target,

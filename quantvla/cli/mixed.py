@@ -18,11 +18,11 @@ from quantvla.calib_sets import open_set
 from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
 from quantvla.families import load_policy
+from quantvla.latency_table import Kernel, LatencyTable, TableFile
 from quantvla.layout import make_plan
 from quantvla.mixed.cache import cache_directory
 from quantvla.mixed.choose import MixedPlan, Point
 from quantvla.mixed.figure import write_figure
-from quantvla.mixed.latency import Kernel, LatencyTable, TableFile
 from quantvla.mixed.make import Request, make_mixed_plan
 from quantvla.mixed.offers import DEFAULT_FORMATS, parse_formats
 from quantvla.mixed.profile import measure_missing, this_machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 DIRECTORY = click.Path(path_type=Path)
 
@@ -37,3 +38,8 @@ cache = click.option(
     type=DIRECTORY,
     help="Where measurements are kept.  [default: $QUANTVLA_CACHE, else ~/.cache/quantvla]",
 )
+
+
+def is_given(name: str) -> bool:
+    """Return whether the running command's option was written on the command line, whatever its value."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE

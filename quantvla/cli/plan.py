@@ -14,7 +14,7 @@ from quantvla.checkpoint import is_quantized, read_card
 from quantvla.cli import options
 from quantvla.cli.mixed import Budgets, budget_options, plan_mixed
 from quantvla.cli.passes import print_passes
-from quantvla.cli.target_options import GpuOptions, gpu_options, plan_for_gpu
+from quantvla.cli.target_options import GpuOptions, gpu_options, plan_for_gpu, refuse_gpu_options
 from quantvla.export.source import load_source
 from quantvla.families import load_policy
 from quantvla.layout import make_plan
@@ -44,6 +44,8 @@ def plan(
     budget, choose the format of each of the recipe's integer sites: least error of the action within
     the budget, see docs/mixed_precision.md.
     """
+    if target is None:
+        refuse_gpu_options("no --target")
     if budget.given:
         if target is not None:
             raise explain(

@@ -15,9 +15,9 @@ from quantvla.cli import options
 from quantvla.cli.progress import progress_bar
 from quantvla.export.source import load_source
 from quantvla.families import load_policy
+from quantvla.latency_table import Kernel, LatencyTable, TableFile, read_table
 from quantvla.mixed.cache import cache_directory
 from quantvla.mixed.choose import planned_kernels, policy_kernels
-from quantvla.mixed.latency import Kernel, LatencyTable, TableFile, read_table
 from quantvla.mixed.offers import DEFAULT_FORMATS, parse_formats
 from quantvla.mixed.profile import ROUNDS, measure_missing, this_machine
 from quantvla.runtime.errors import explain

@@ -55,6 +55,16 @@ def gpu_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def refuse_gpu_options(where: str, *others: str) -> None:
+    """Raise for an option of `gpu_options`, or one of ``others``, that was given where no GPU is planned for."""
+    for name in ("board", "activations", "precision", "embedding", *others):
+        if options.is_given(name):
+            raise explain(
+                f"--{name}", "is for GPU targets", got=where,
+                remedy="give one of `quantvla targets` as --target, or leave it out",
+            )  # fmt: skip
+
+
 def plan_for_gpu(loaded: LoadedPolicy, plan: Plan | None, options: GpuOptions) -> TargetPlan:
     """Return what every linear runs in; ``plan`` None is a float checkpoint's."""
     board: Board = board_named(options.board) if options.board else boards_of(options.target)[0]

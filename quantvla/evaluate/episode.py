@@ -92,13 +92,14 @@ def run_episode(
 def _check_chunk(chunk: npt.NDArray[np.float32], contract: Contract, execute: int) -> None:
     """Raise for a chunk that is not finite or not as long and wide as the contract says.
 
-    Some policies hand out only what is executed of the chunk, so it may be shorter, down to ``execute``.
+    Some policies hand out only what is executed of a chunk, so that is a length too, where ``execute`` are there.
     """
     rows, dim = contract.horizon, contract.action_dim
-    if chunk.shape[1:] != (dim,) or not execute <= len(chunk) <= rows:
+    lengths = {length for length in (rows, contract.execute) if length >= execute}
+    if chunk.shape[1:] != (dim,) or len(chunk) not in lengths:
         raise explain(
             "action chunk",
-            f"expected shape {(rows, dim)}, or at least {execute} rows of it",
+            f"expected {dim} actions a row and {' or '.join(map(str, sorted(lengths)))} rows",
             got=chunk.shape,
             remedy="export the policy again",
         )

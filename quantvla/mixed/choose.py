@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 
 from quantvla.families.base import LoadedPolicy
+from quantvla.latency_table import Kernel
 from quantvla.layout import make_plan
 from quantvla.mixed.knapsack import Budget, Option, Solution, largest, smallest, solve
-from quantvla.mixed.latency import Kernel
 from quantvla.mixed.offers import Format, format_name, input_shapes, offers
 from quantvla.mixed.sensitivity import Choice
 from quantvla.plan import PlanEntry, PlannedSite

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from quantvla.families.base import LoadedPolicy
+from quantvla.latency_table import Kernel, LatencyTable
 from quantvla.mixed.choose import (
     FRONTIER_POINTS,
     Costs,
@@ -24,7 +25,6 @@ from quantvla.mixed.choose import (
     uniform_choices,
     weight_bytes,
 )
-from quantvla.mixed.latency import Kernel, LatencyTable
 from quantvla.mixed.offers import Format, format_name, left_out, offers
 from quantvla.mixed.sensitivity import Choice, Sensitivity, Subject
 from quantvla.plan import Plan, PlanEntry

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from quantvla.export.engine import OWN_KERNELS, TARGETS, write_stage
 from quantvla.export.graphs import export_graph
-from quantvla.export.kernel_choice import FLOAT_OPERATOR, exact_operators
+from quantvla.export.kernel_choice import exact_operators
 from quantvla.export.kernels import INTEGER_LINEAR
 from quantvla.export.stages import StageGraph
 from quantvla.families.base import Stage
-from quantvla.mixed.latency import Kernel, KernelTime, LatencyTable, Machine, TableFile
+from quantvla.latency_table import Kernel, KernelTime, LatencyTable, Machine, TableFile
 from quantvla.mixed.offers import parse_formats
 from quantvla.progress import Progress
 from quantvla.quantized_linear import QuantizedLinear
@@ -36,6 +36,7 @@ ROUNDS = 25
 WARMUP_CALLS = 5
 SAMPLE_S = 1e-3  # calls are timed in batches this long, far above the clock's resolution
 _MOST_CALLS = 2000
+FLOAT_OPERATOR = "MatMul"
 
 Call = Callable[[], None]
 

@@ -24,6 +24,10 @@ PROBES = 16
 """Draws on which the error before and after is reported; training never sees them."""
 
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of a parameter."""
+
+
 class TuneScales(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="tune_scales"
 ):
@@ -105,9 +109,6 @@ class _Training:
             ratio.data.copy_(tensors[f"{site}.ratio"])
             state = {name: tensors[f"{site}.{name}"] for name in _MOMENTS}
             self._optimizer.state[ratio] = {"step": torch.tensor(float(self.done)), **state}
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _probe(matching: Matching, linears: Mapping[str, TunableLinear]) -> float:

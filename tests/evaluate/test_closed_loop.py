@@ -121,9 +121,9 @@ def test_a_policy_may_hand_out_only_what_is_executed() -> None:
     assert np.array_equal(whole.actions, cut.actions)
 
 
-@pytest.mark.parametrize(("rows", "execute"), [(1, None), (5, None), (2, 3)])
+@pytest.mark.parametrize(("rows", "execute"), [(1, None), (3, None), (5, None), (2, 3)])
 def test_a_chunk_of_another_length_is_refused(rows: int, execute: int | None) -> None:
-    with pytest.raises(QuantVLAError, match=r"expected shape \(4, 2\), or at least"):
+    with pytest.raises(QuantVLAError, match=r"expected 2 actions a row and .*4 rows, got"):
         run_episode(_Cut(rows), CONTRACT, FakeEnvironment("go"), "go", 0, seed=0, execute=execute)
 
 

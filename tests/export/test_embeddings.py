@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantvla.export.embeddings import narrow_embeddings_
 from quantvla.export.graphs import save_graph
 from quantvla.export.tensorrt_engine import lower_graph_
+from quantvla.runtime.errors import QuantVLAError
 
 ROWS, WIDTH, TOKENS = 9000, 64, 8
 TABLE = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
@@ -69,9 +70,12 @@ def test_rows_come_out_as_exact_as_their_bits(
     assert all(table.half_bytes == 2 * ROWS * WIDTH for table in found)  # type: ignore[attr-defined]
 
 
-def test_a_table_that_other_operators_read_or_of_broken_blocks_stays() -> None:
-    model = graph(width=48)
-    assert narrow_embeddings_(model, "prefix", "int4", "fp16") == ((), frozenset())
+def test_a_table_of_broken_blocks_is_refused() -> None:
+    with pytest.raises(QuantVLAError, match="table: its rows are no whole blocks of 32, got 48; use --embedding int8"):  # fmt: skip
+        narrow_embeddings_(graph(width=48), "prefix", "int4", "fp16")
+
+
+def test_a_table_that_other_operators_read_stays() -> None:
     model = graph()
     table = model.graph.initializers["table"]
     model.graph.append(ir.node("ReduceSum", [table]))

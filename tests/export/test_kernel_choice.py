@@ -19,8 +19,8 @@ from quantvla.cli.profile import profile as profile_command
 from quantvla.export.engine import export_engine
 from quantvla.export.kernel_choice import exact_operators
 from quantvla.export.source import load_source
+from quantvla.latency_table import TABLE_VERSION, Kernel, KernelTime, LatencyTable, TableFile
 from quantvla.mixed.choose import planned_kernels
-from quantvla.mixed.latency import TABLE_VERSION, Kernel, KernelTime, LatencyTable, TableFile
 from quantvla.mixed.profile import this_machine
 from quantvla.runtime import kernels
 from quantvla.runtime.manifest import Manifest, read_manifest

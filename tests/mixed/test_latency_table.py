@@ -6,9 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from quantvla.mixed import profile
-from quantvla.mixed.cache import cache_directory
-from quantvla.mixed.latency import (
+from quantvla.latency_table import (
     TABLE_VERSION,
     Kernel,
     KernelTime,
@@ -17,6 +15,8 @@ from quantvla.mixed.latency import (
     TableFile,
     read_table,
 )
+from quantvla.mixed import profile
+from quantvla.mixed.cache import cache_directory
 from quantvla.mixed.profile import measure, measure_missing, this_machine
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.kernels import available

@@ -38,7 +38,7 @@ LAYERS = {
         "quantvla.target_plan",
         "quantvla.families",
         "quantvla.checkpoint",
-        "quantvla.mixed.latency",
+        "quantvla.latency_table",
         "quantvla.progress",
         "quantvla.quantized_linear",
         "quantvla.quantizer",
