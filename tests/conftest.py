@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -13,6 +13,9 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 import numpy as np
 import pytest
 from random_observations import random_observation
+
+if TYPE_CHECKING:
+    from quantvla.calib_sets import CalibrationSet
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +55,14 @@ def write_npz_set(tiny_size: Any) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory, write_npz_set: Callable[..., Path]) -> Path:
     return write_npz_set(tmp_path_factory.mktemp("set") / "npz")
+
+
+@pytest.fixture(scope="session")
+def tiny_frames(tiny_set: Path) -> CalibrationSet:
+    """Four calibration frames."""
+    from quantvla.calib_sets import limit, open_set
+
+    return limit(open_set(tiny_set), frames=4, seed=0).part("calibration")
 
 
 @pytest.fixture(scope="session")

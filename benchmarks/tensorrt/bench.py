@@ -5,44 +5,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from quantvla.calib_sets import CalibrationSet, limit, open_set
 from quantvla.calibrate import collect_statistics
-from quantvla.checkpoint import install_
 from quantvla.cli.target_options import GpuOptions, plan_for_gpu
 from quantvla.export.marked_graphs import marked_graphs
-from quantvla.export.source import SourcePolicy
 from quantvla.export.tensorrt_engine import export_tensorrt, static_sites
 from quantvla.families import load_policy
-from quantvla.families.base import LoadedPolicy
 from quantvla.layout import make_plan
 from quantvla.plan import Plan
-from quantvla.quantizer import quantize_weight
 from quantvla.recipe import Recipe, read_recipe
-from quantvla.runtime.manifest import Source
 from quantvla.statistics import SiteStatistics
+from quantvla.testing.rounded import quantize_in_memory_, source_of
 
 HERE = Path(__file__).parent
-
-
-def source_of(loaded: LoadedPolicy, plan: Plan) -> SourcePolicy:
-    """Return the policy in memory as an export source."""
-    origin = Source(checkpoint_sha256="0" * 64, policy_type=loaded.family, calibration_sha256=None)
-    return SourcePolicy(loaded, plan.recipe, plan, origin)
-
-
-def quantize_in_memory_(loaded: LoadedPolicy, plan: Plan) -> None:
-    """Replace the plan's linears by integer ones, rounded without weighting."""
-    weights = {}
-    for entry in plan.quantized:
-        linear: Any = loaded.policy.get_submodule(entry.site)
-        weights[entry.site] = quantize_weight(
-            linear.weight, entry.scheme.weight_bits, entry.scheme.block
-        )
-    install_(loaded.policy, weights)
 
 
 def with_scheme(recipe: Recipe, scheme: str) -> Recipe:

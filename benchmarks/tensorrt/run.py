@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from bench import Bench, quantize_in_memory_, with_scheme
+from bench import Bench, with_scheme
 from comparison import ActionError, Comparison, OrtEngine
 
 from quantvla.export.source import FLOAT_RECIPE
@@ -30,6 +30,7 @@ from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.site_formats import read_formats
 from quantvla.runtime.tensorrt_build import BuildOptions, build_engine
 from quantvla.runtime.tensorrt_plans import StagePlan
+from quantvla.testing.rounded import quantize_in_memory_
 from quantvla.versions import compiler_versions
 
 HERE = Path(__file__).parent

@@ -13,6 +13,7 @@ import click
 from quantvla.calib_sets import check_robot, limit, open_set
 from quantvla.calib_sets.bundled import bundled_set
 from quantvla.calibrate import collect_statistics
+from quantvla.cli.options import is_given
 from quantvla.export.source import SourcePolicy, load_source
 from quantvla.export.tensorrt_engine import export_tensorrt, static_sites
 from quantvla.families.base import LoadedPolicy
@@ -58,7 +59,7 @@ def gpu_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_gpu_options(where: str, *others: str) -> None:
     """Raise for an option of `gpu_options`, or one of ``others``, that was given where no GPU is planned for."""
     for name in ("board", "activations", "precision", "embedding", *others):
-        if options.is_given(name):
+        if is_given(name):
             raise explain(
                 f"--{name}", "is for GPU targets", got=where,
                 remedy="give one of `quantvla targets` as --target, or leave it out",

@@ -6,36 +6,25 @@ Weights are random, and so are the inputs that scales are made of: neither chang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 import torch
 
-from quantvla.checkpoint import install_
 from quantvla.cli.target_options import GpuOptions, plan_for_gpu
-from quantvla.export.marked_graphs import marked_graphs
+from quantvla.export.marked_graphs import MarkedGraphs, marked_graphs
 from quantvla.export.source import SourcePolicy
 from quantvla.export.tensorrt_engine import export_tensorrt, static_sites
 from quantvla.families import load_policy
-from quantvla.layout import make_plan
-from quantvla.quantizer import quantize_weight
-from quantvla.recipe import Default, Recipe, Rule
-from quantvla.runtime.manifest import Source
 from quantvla.runtime.tensorrt_build import BuildOptions, build_engine
 from quantvla.statistics import SiteStatistics
+from quantvla.testing.rounded import rounded_source
 from quantvla.testing.smolvla import FULL_SIZE, write_random_checkpoint
 
 pytestmark = pytest.mark.slow
 # two layers of the language model and of the action expert: one attends to itself, one to the context
 SIZE = replace(FULL_SIZE, layers=2, vision_layers=1, vocabulary=512)
-TOWERS = Recipe(
-    name="towers", passes=(),
-    rules=(Rule(scheme="float", reason="outside the towers", part=("encoder", "decoder")),),
-    default=Default(scheme="w4a8", reason="towers", block=(32, 16)),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class Wide:
     """The policy with its towers on a 4-bit grid, and its graphs."""
 
     source: SourcePolicy
-    graphs: Mapping[str, ir.Model]
+    graphs: MarkedGraphs
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +40,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     directory = tmp_path_factory.mktemp("wide") / "policy"
     write_random_checkpoint(directory, SIZE)
     loaded = load_policy(directory)
-    plan = make_plan(loaded.sites, TOWERS)
-    weights = {
-        e.site: quantize_weight(loaded.policy.get_submodule(e.site).weight, 4, e.scheme.block)  # type: ignore[arg-type]
-        for e in plan.quantized
-    }
-    install_(loaded.policy, weights)
-    origin = Source(checkpoint_sha256="0" * 64, policy_type=loaded.family, calibration_sha256=None)
-    source = SourcePolicy(loaded, TOWERS.name, plan, origin)
-    return Wide(source, marked_graphs(loaded, lambda *_: None))
+    return Wide(rounded_source(loaded), marked_graphs(loaded, lambda *_: None))
 
 
 def _statistics(wide: Wide, sites: tuple[str, ...]) -> dict[str, SiteStatistics]:

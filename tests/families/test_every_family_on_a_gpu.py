@@ -14,45 +14,26 @@ from random_observations import random_observation
 from quantvla import staged
 from quantvla.calib_sets import CalibrationSet
 from quantvla.calibrate import collect_statistics
-from quantvla.checkpoint import install_
 from quantvla.cli.target_options import GpuOptions, plan_for_gpu
 from quantvla.export.marked_graphs import MarkedGraphs, marked_graphs
 from quantvla.export.source import SourcePolicy
 from quantvla.export.tensorrt_engine import export_tensorrt, static_sites
 from quantvla.families import load_policy
-from quantvla.layout import make_plan
-from quantvla.quantizer import quantize_weight
-from quantvla.recipe import Default, Recipe, Rule
 from quantvla.runtime.backend import UNFUSED
-from quantvla.runtime.manifest import MANIFEST_FILE, Source, encode_manifest, read_manifest
+from quantvla.runtime.manifest import MANIFEST_FILE, encode_manifest, read_manifest
 from quantvla.runtime.policy import Policy
 from quantvla.runtime.site_formats import read_formats
 from quantvla.runtime.tensorrt_build import BuildOptions, build_engine
 from quantvla.statistics import SiteStatistics
 from quantvla.target_plan import TABLE, TargetPlan
+from quantvla.testing.rounded import rounded_source
 
 pytestmark = pytest.mark.slow
 
 
-TOWERS = Recipe(
-    name="towers", passes=(),
-    rules=(Rule(scheme="float", reason="outside the towers", part=("encoder", "decoder")),),
-    default=Default(scheme="w4a8", reason="towers", block=(32, 16)),
-)  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def source(checkpoint: Path) -> SourcePolicy:
-    """All linears of the towers, vision too, on a 4-bit grid, rounded to nearest."""
-    loaded = load_policy(checkpoint)
-    plan = make_plan(loaded.sites, TOWERS)
-    weights = {
-        e.site: quantize_weight(loaded.policy.get_submodule(e.site).weight, 4, e.scheme.block)  # type: ignore[arg-type]
-        for e in plan.quantized
-    }
-    install_(loaded.policy, weights)
-    origin = Source(checkpoint_sha256="0" * 64, policy_type=loaded.family, calibration_sha256=None)
-    return SourcePolicy(loaded, TOWERS.name, plan, origin)
+    return rounded_source(load_policy(checkpoint))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantvla.calib_sets import CalibrationSet, limit, open_set
+from quantvla.calib_sets import CalibrationSet
 from quantvla.checkpoint import load_quantized, read_card
 from quantvla.distillation import VelocityMatching
 from quantvla.passes import Pass, RoundWeights, TuneScales
@@ -30,25 +30,20 @@ def recipe(*passes: Pass) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def frames(tiny_set: Path) -> CalibrationSet:
-    return limit(open_set(tiny_set), frames=4, seed=0).part("calibration")
-
-
-@pytest.fixture(scope="module")
 def rounded(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, frames: CalibrationSet
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_frames: CalibrationSet
 ) -> Path:
     output = tmp_path_factory.mktemp("rounded") / "out"
-    quantize(tiny_checkpoint, frames, recipe(RoundWeights()), output)
+    quantize(tiny_checkpoint, tiny_frames, recipe(RoundWeights()), output)
     return output
 
 
 @pytest.fixture(scope="module")
 def tuned(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, frames: CalibrationSet
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_frames: CalibrationSet
 ) -> Path:
     output = tmp_path_factory.mktemp("tuned") / "out"
-    quantize(tiny_checkpoint, frames, recipe(RoundWeights(), TUNE), output)
+    quantize(tiny_checkpoint, tiny_frames, recipe(RoundWeights(), TUNE), output)
     return output
 
 
@@ -111,7 +106,7 @@ def test_the_error_on_draws_not_trained_on_falls_and_is_reported(tuned: Path) ->
 
 @pytest.mark.parametrize("done", [10, 35])
 def test_a_run_stopped_while_tuning_continues_to_the_same_bytes(
-    done: int, tiny_checkpoint: Path, frames: CalibrationSet, tuned: Path, tmp_path: Path
+    done: int, tiny_checkpoint: Path, tiny_frames: CalibrationSet, tuned: Path, tmp_path: Path
 ) -> None:
     class StopError(Exception):
         pass
@@ -126,14 +121,17 @@ def test_a_run_stopped_while_tuning_continues_to_the_same_bytes(
 
     passes = recipe(RoundWeights(), TUNE)
     with pytest.raises(StopError):
-        quantize(tiny_checkpoint, frames, passes, tmp_path / "out", progress=stop)
-    quantize(tiny_checkpoint, frames, passes, tmp_path / "out", progress=stop)
+        quantize(tiny_checkpoint, tiny_frames, passes, tmp_path / "out", progress=stop)
+    quantize(tiny_checkpoint, tiny_frames, passes, tmp_path / "out", progress=stop)
     assert steps[done + 1] == done // 25 * 25  # from the last kept state, not from the start
     assert sha256_tree(tmp_path / "out") == sha256_tree(tuned)
 
 
 def test_an_error_that_is_not_finite_stops_and_names_the_step(
-    tiny_checkpoint: Path, frames: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path,
+    tiny_frames: CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original = VelocityMatching.loss
 
@@ -145,5 +143,5 @@ def test_an_error_that_is_not_finite_stops_and_names_the_step(
     with pytest.raises(
         QuantVLAError, match=r"tune_scales: .* not finite, got nan in step 3; lower"
     ):
-        quantize(tiny_checkpoint, frames, recipe(RoundWeights(), TUNE), tmp_path / "out")
+        quantize(tiny_checkpoint, tiny_frames, recipe(RoundWeights(), TUNE), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantvla.calib_sets import CalibrationSet, limit, open_set
+from quantvla.calib_sets import CalibrationSet
 from quantvla.checkpoint import load_quantized, read_added, read_card
 from quantvla.families import load_policy
 from quantvla.passes import (
@@ -38,16 +38,11 @@ def recipe(passes: tuple[Pass, ...]) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def frames(tiny_set: Path) -> CalibrationSet:
-    return limit(open_set(tiny_set), frames=4, seed=0).part("calibration")
-
-
-@pytest.fixture(scope="module")
 def whole(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, frames: CalibrationSet
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_frames: CalibrationSet
 ) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
-    quantize(tiny_checkpoint, frames, recipe(PASSES), output)
+    quantize(tiny_checkpoint, tiny_frames, recipe(PASSES), output)
     return output
 
 
@@ -66,7 +61,12 @@ class StopError(Exception):
     ],
 )
 def test_a_run_stopped_in_any_pass_continues_to_the_same_bytes(
-    what: str, done: int, tiny_checkpoint: Path, frames: CalibrationSet, whole: Path, tmp_path: Path
+    what: str,
+    done: int,
+    tiny_checkpoint: Path,
+    tiny_frames: CalibrationSet,
+    whole: Path,
+    tmp_path: Path,
 ) -> None:
     seen: dict[str, int] = {}
 
@@ -77,9 +77,9 @@ def test_a_run_stopped_in_any_pass_continues_to_the_same_bytes(
             raise StopError
 
     with pytest.raises(StopError):
-        quantize(tiny_checkpoint, frames, recipe(PASSES), tmp_path / "out", progress=stop)
+        quantize(tiny_checkpoint, tiny_frames, recipe(PASSES), tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
-    quantize(tiny_checkpoint, frames, recipe(PASSES), tmp_path / "out")
+    quantize(tiny_checkpoint, tiny_frames, recipe(PASSES), tmp_path / "out")
     assert sha256_tree(tmp_path / "out") == sha256_tree(whole)
 
 
@@ -100,9 +100,9 @@ def test_reports_say_what_every_pass_did(whole: Path) -> None:
 
 
 def test_corrections_are_in_the_checkpoint_and_in_nothing_else(
-    whole: Path, tiny_checkpoint: Path, frames: CalibrationSet, tmp_path: Path
+    whole: Path, tiny_checkpoint: Path, tiny_frames: CalibrationSet, tmp_path: Path
 ) -> None:
-    quantize(tiny_checkpoint, frames, recipe(PASSES[:3]), tmp_path / "plain")
+    quantize(tiny_checkpoint, tiny_frames, recipe(PASSES[:3]), tmp_path / "plain")
     factors = {
         entry.site: entry.applied for report in read_card(whole).reports for entry in report.factors
     }
@@ -119,7 +119,10 @@ def test_corrections_are_in_the_checkpoint_and_in_nothing_else(
 
 
 def test_a_parameter_that_a_pass_adds_survives(
-    tiny_checkpoint: Path, frames: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path,
+    tiny_frames: CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     site = next(
         s for s in load_policy(tiny_checkpoint).used_sites if s.part == "expert" and not s.bias
@@ -132,7 +135,7 @@ def test_a_parameter_that_a_pass_adds_survives(
         return original(self, subject, progress)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RoundWeights, "__call__", and_a_bias)
-    quantize(tiny_checkpoint, frames, read_recipe("rtn-w4a8"), tmp_path / "out")
+    quantize(tiny_checkpoint, tiny_frames, read_recipe("rtn-w4a8"), tmp_path / "out")
     assert read_added(tmp_path / "out").keys() == {f"{site.name}.bias"}
     loaded, _ = load_quantized(tmp_path / "out")
     assert torch.equal(loaded.policy.get_submodule(site.name).bias, bias)  # type: ignore[arg-type]
