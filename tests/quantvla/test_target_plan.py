@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from quantvla.cli.export import export
+from quantvla.cli.plan import plan as plan_command
 from quantvla.plan import Plan, PlanEntry
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.targets import (
@@ -166,3 +167,24 @@ def test_the_tables_agree_with_each_other() -> None:
         )
         for number_format in formats_of(board.compute_capability):
             assert board.peak(number_format) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "CHECKPOINT", "--embedding", "int4", "-o", "OUT"], "--embedding: is for GPU targets, got --target cpu"),
+        (["export", "CHECKPOINT", "--frames", "4", "-o", "OUT"], "--frames: is for GPU targets, got --target cpu"),
+        (["plan", "--policy.path", "CHECKPOINT", "--board", "rtx-4090"], "--board: is for GPU targets, got no --target"),
+        (["export", "CHECKPOINT", "--target", "rtx", "--threads", "1", "-o", "OUT"], "target rtx: runs TensorRT's kernels; leave --threads out"),
+        (["export", "CHECKPOINT", "--target", "rtx", "--guidance", "-o", "OUT"], "target rtx: has no guidance graph; .*leave --guidance out"),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing_to_a_target_are_refused(
+    arguments: list[str], message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    places = {"CHECKPOINT": str(tiny_checkpoint), "OUT": str(tmp_path / "engine")}
+    command = {"export": export, "plan": plan_command}[arguments[0]]
+    given = [places.get(word, word) for word in arguments[1:]]
+    with pytest.raises(QuantVLAError, match=message):
+        CliRunner().invoke(command, given, catch_exceptions=False)
+    assert not (tmp_path / "engine").exists()
