@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as encode
 from torch import Tensor
+
+from quantvla.runtime.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,8 @@ def save(path: Path, state: State) -> None:
         matrix = moment.reshape(len(moment), -1)
         tensors[f"rows:{name}"] = matrix.mean(dim=1)
         tensors[f"columns:{name}"] = matrix.mean(dim=0)
-    partial = path.with_suffix(".partial")
     numbers = {"step": str(state.step), "trained_s": repr(state.trained_s)}
-    save_file(tensors, partial, metadata=numbers)
-    partial.replace(path)
+    write_atomic(path, encode(tensors, metadata=numbers))
 
 
 def load(path: Path, parameters: Mapping[str, Tensor]) -> State:

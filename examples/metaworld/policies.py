@@ -22,6 +22,7 @@ from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE, weight_shapes
 from quantvla.runtime.errors import explain
+from quantvla.runtime.files import atomic_directory
 
 Statistics = Mapping[str, dict[str, Tensor]]
 """``observation.state`` and ``action`` -> mean, std, min, max, (4,) each."""
@@ -51,12 +52,9 @@ def write_untrained(policy_type: str, directory: Path, statistics: Statistics) -
     """Write an untrained checkpoint to ``directory`` unless a complete one is there; always the same weights."""
     if directory.exists():
         return
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     torch.manual_seed(0)
-    POLICY_TYPES[policy_type].write(partial, statistics)
-    partial.replace(directory)
+    with atomic_directory(directory) as partial:
+        POLICY_TYPES[policy_type].write(partial, statistics)
 
 
 def load_for_training(policy_type: str, directory: Path) -> LoadedPolicy:
@@ -81,23 +79,14 @@ def load_for_training(policy_type: str, directory: Path) -> LoadedPolicy:
 
 
 def write_trained(loaded: LoadedPolicy, trained: Mapping[str, Tensor], directory: Path) -> None:
-    """Write a copy of a loaded checkpoint with the ``trained`` parameters, in half precision.
-
-    The directory is replaced as a whole, by a rename.
-    """
-    partial = directory.with_name(directory.name + ".partial")
-    previous = directory.with_name(directory.name + ".previous")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(loaded.directory, partial, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+    """Write a copy of a loaded checkpoint with the ``trained`` parameters, in half precision, whole or not at all."""
     known = {**loaded.policy.state_dict(), **trained}
     own_name = {stored: name for name, stored in loaded.stored_names.items()}
     weights = {
         name: known[own_name.get(name, name)].detach().half().contiguous()
         for name in weight_shapes(loaded.directory)
     }
-    save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-    if directory.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.replace(previous)
-    partial.replace(directory)
-    shutil.rmtree(previous, ignore_errors=True)
+    others = shutil.ignore_patterns(WEIGHTS_FILE)
+    with atomic_directory(directory, overwrite=True) as partial:
+        shutil.copytree(loaded.directory, partial, ignore=others, dirs_exist_ok=True)
+        save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from learner import Learner, sample_time
 from torch import Tensor, nn
 
+from quantvla.runtime.files import atomic_file
+
 DRAWS = 4
 """Noise draws that learn from one prefix."""
 LONGEST_STEP_S = 10.0
@@ -91,9 +93,8 @@ class Run:
             "step": self.step,
             "trained_s": self.trained_s,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            torch.save(state, partial)
 
     def resume_compact(self, path: Path, policy: Mapping[str, Tensor]) -> None:
         """Go on from the exported weights of ``policy`` and what ``save_compact`` wrote: about, not exactly, the same run."""
