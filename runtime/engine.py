@@ -19,7 +19,7 @@ from quantvla.runtime.machine import physical_cores
 from quantvla.runtime.manifest import Manifest, StageSpec
 from quantvla.runtime.reuse import Reuse
 from quantvla.runtime.rows import run_all
-from quantvla.runtime.sampler import Observer, check_time, euler_integrate, with_steps
+from quantvla.runtime.sampler import Observer, Velocity, check_time, euler_integrate, with_steps
 
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
@@ -104,8 +104,7 @@ class Engine:
                 remedy="pass the padded chunk",
             )
         check_time(self._sampler, t)
-        step = {self._sampler.state: x, self._sampler.time: np.array([t], dtype=np.float32)}
-        return self._run(self._repeated, {**tensors, **step})[self._sampler.velocity]
+        return self._step(tensors)(x, t)
 
     def sample(
         self,
@@ -128,24 +127,52 @@ class Engine:
             if isinstance(session, DeviceSession):
                 return self._sample_on_device(session, tensors, noise)
         sampler = self._sampler if steps is None else with_steps(self._sampler, steps)
+        velocity = self._step(tensors)
+        if guidance is not None:
+            velocity = self._guide(velocity, tensors, noise, guidance)
+        return euler_integrate(velocity, noise, sampler.timesteps, sampler.step, observe)
+
+    def _step(self, tensors: Tensors) -> Velocity:
+        """Return the sampler's stage as a function of x and t; its other inputs are looked up once.
+
+        Between two runs nothing happens that could be done before: the caches hold the stage's
+        weights then, and each line of Python costs several times what it costs otherwise.
+        """
+        self.check_open()
+        assert self._sessions is not None
+        sampler, stage = self._sampler, self._repeated.name
+        run = self._sessions[stage].run
+        state, time_, output = sampler.state, sampler.time, sampler.velocity
+        names = [spec.name for spec in self._repeated.inputs if spec.name not in (state, time_)]
+        inputs = {name: tensors[name] for name in names}
+        times = {t: np.array([t], dtype=np.float32) for t in sampler.timesteps}
 
         def velocity(x: FloatArray, t: float) -> FloatArray:
-            if guidance is not None and guidance.method == "vjp":
+            inputs[state] = x
+            inputs[time_] = times[t] if t in times else np.array([t], dtype=np.float32)
+            if self._durations is None:
+                return run(inputs)[output]
+            start_ns = time.perf_counter_ns()
+            outputs = run(inputs)
+            self.record(stage, start_ns)
+            return outputs[output]
+
+        return velocity
+
+    def _guide(
+        self, velocity: Velocity, tensors: Tensors, noise: FloatArray, guidance: Guidance
+    ) -> Velocity:
+        """Return ``velocity`` with what ``guidance`` adds."""
+
+        def guided(x: FloatArray, t: float) -> FloatArray:
+            if guidance.method == "vjp":
                 return guidance.corrected(*self.guided(tensors, x, t, guidance), t)
-            v = self.velocity(tensors, x, t)
-            if guidance is None:
-                return v
+            v = velocity(x, t)
             if guidance.method == "prefix":
                 return guidance.along_path(noise, v)
             return guidance.corrected(v, guidance.correction(x, v, t), t)
 
-        return euler_integrate(
-            velocity,
-            noise,
-            sampler.timesteps,
-            sampler.step,
-            observe,
-        )
+        return guided
 
     def _sample_on_device(
         self, session: DeviceSession, tensors: Tensors, noise: FloatArray

@@ -80,12 +80,11 @@ class _FittedRunner:
         size = step.resize or images[0].shape[:2]
         tensor = np.empty((len(images), 3, *size), dtype=np.float32)
         for image, planes in zip(images, tensor, strict=True):
-            for channel, output in enumerate(planes):
-                plane = image[:, :, channel].astype(np.float32)
-                plane /= np.float32(255)
-                fit_plane(plane, output, step.pad_value, around=step.pad == "around")
-        tensor *= np.float32(step.scale)
-        tensor += np.float32(step.offset)
+            _fit(image, planes, step)
+        if step.scale != 1:
+            tensor *= np.float32(step.scale)
+        if step.offset != 0:
+            tensor += np.float32(step.offset)
         return {step.output: tensor}
 
     def _check_size(self, key: str, size: tuple[int, int]) -> None:
@@ -107,6 +106,18 @@ class _FittedRunner:
                 remedy="resize it before",
             )
         self._sizes.note(key, size)
+
+
+def _fit(image: NDArray[np.uint8], planes: NDArray[np.float32], step: Images) -> None:
+    """Write ``image`` (height, width, 3) as numbers from 0 to 1 into ``planes`` (3, height, width), resized to fit."""
+    if image.shape[:2] == planes.shape[1:]:
+        planes[...] = image.transpose(2, 0, 1)
+        planes /= np.float32(255)
+        return
+    for channel, output in enumerate(planes):
+        plane = image[:, :, channel].astype(np.float32)
+        plane /= np.float32(255)
+        fit_plane(plane, output, step.pad_value, around=step.pad == "around")
 
 
 class _ResampledRunner:

@@ -2,7 +2,7 @@
 
     python benchmarks/cpu/overhead.py --calib calib_sets/metaworld --output benchmarks/cpu/overhead.json ENGINE...
 
-A tick is ``Policy.predict_action_chunk`` on a recorded frame. The clock is that of the process's CPU time, one thread,
+A tick is ``Policy.predict_action_chunk`` on a recorded frame, noise from the policy's own generator. The clock is that of the process's CPU time, one thread,
 so that other processes on the machine do not count.
 """
 
@@ -56,7 +56,7 @@ def measure(engine: Path, calib: Path) -> dict[str, float]:
             observation = visible(policy, frames[index % len(frames)])
             sessions.inside_s = before.inside_s = 0.0
             start = time.thread_time()
-            policy.predict_action_chunk(observation, seed=index)
+            policy.predict_action_chunk(observation)
             ticks.append((time.thread_time() - start, sessions.inside_s, before.inside_s))
     whole, inside, preprocess = (
         [1e3 * value for value in column] for column in zip(*ticks[WARMUP:], strict=True)

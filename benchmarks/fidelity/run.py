@@ -51,6 +51,7 @@ SIMULATED = ("published",)
 """Recipes without an integer form: they run in torch only."""
 SLICED_FROM = 30
 """From so many episodes per task on, a third of them is run for all arms first."""
+BEDS = ("hard", "reference")
 QUANTIZE, COMPARE, CLOSED_LOOP = STEPS = ("quantize", "compare", "closed-loop")
 
 
@@ -66,6 +67,7 @@ class Options:
     noises: int
     episodes: int
     hard_bed: Path
+    beds: tuple[str, ...]
     seed: int
     processes: int
     steps: tuple[str, ...]
@@ -106,7 +108,8 @@ class Benchmark:
     def evaluate(self) -> None:
         """Run the arms in closed loop, a third of the episodes first, so that an early end leaves pairs of all arms."""
         options = self.options
-        beds = [read_bed(options.hard_bed), REFERENCE_BED]  # the telling one first
+        known = [read_bed(options.hard_bed), REFERENCE_BED]  # the telling one first
+        beds = [bed for bed in known if bed.name in options.beds]
         loop = ClosedLoop(
             options.work / "closed_loop", self.arms[REFERENCE], options.seed, options.processes
         )
@@ -205,6 +208,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         "--only", choices=STEPS, help="that step alone (arms are compiled where they are not yet)"
     )
     parser.add_argument("--hard-bed", type=Path, default=HERE / "hard_bed.json")
+    parser.add_argument("--beds", nargs="+", choices=BEDS, default=BEDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=available_cores())
     parser.add_argument("--work", type=Path, default=Path("build/fidelity"))
@@ -225,7 +229,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         recipes=recipes,
         sources=Sources(found.checkpoint, found.calib, found.frames, sha256_tree(found.checkpoint)),
         work=found.work, results=found.results, heldout_frames=found.heldout_frames,
-        noises=found.noises, episodes=found.episodes, hard_bed=found.hard_bed, seed=found.seed,
+        noises=found.noises, episodes=found.episodes, hard_bed=found.hard_bed,
+        beds=tuple(found.beds), seed=found.seed,
         processes=found.processes,
         steps=_steps(found.only, closed_loop=not found.no_closed_loop),
     )  # fmt: skip

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,12 +140,11 @@ def record_task(task: str, count: int, out: Path) -> None:
     )
 
 
-def record_all(out: Path, processes: int) -> None:
-    """Record every task, the longest first."""
+def record_all(out: Path, tasks: Sequence[str], processes: int) -> None:
+    """Record ``tasks``, the longest first."""
     out.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (task, count, out) for task, count in sorted(EPISODES.items(), key=lambda item: -item[1])
-    ]
+    jobs = [(task, EPISODES[task], out) for task in tasks]
+    jobs.sort(key=lambda job: -job[1])
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.starmap(record_task, jobs, chunksize=1)
 
@@ -218,12 +218,14 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, default=2, help="frames: simulators at the same time"
     )
+    names = [task.name for task in TASKS]
+    parser.add_argument("--tasks", nargs="+", default=names, choices=names, help="frames: which")
     parser.add_argument(
         "--per-task", type=int, default=24, help="lerobot: the last episodes of each task to write"
     )
     options = parser.parse_args()
     if options.command == "frames":
-        record_all(options.build / "frames", options.processes)
+        record_all(options.build / "frames", options.tasks, options.processes)
     else:
         export_lerobot(options.build / "frames", options.build / "dataset", options.per_task)
 

@@ -7,7 +7,8 @@ Vision tower and language model run once per observation; the action head learns
 found. The learning rate is one cycle over the *training time*, so a run ends when asked however busy the machine is; with
 ``--steps`` over the steps instead. A killed run resumes from ``<out>/state.pt``, to the same steps as if it had not been
 killed; a longer ``--minutes`` continues a finished one. The exported weights are an exponential moving average.
-``--from-export`` goes on from an exported checkpoint and the small file beside it where there is no ``state.pt``.
+``--from-export`` goes on from an exported checkpoint and the small file beside it where there is no ``state.pt``, with
+the checkpoint's normalization, whatever ``--tasks`` are trained on now.
 An auxiliary head (not exported) predicts where object and goal are relative to the hand, which teaches the vision
 tower faster than actions alone.
 """
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from training import Run, Schedule
 
-from quantvla.evaluate.metaworld import TASKS, find_task
+from quantvla.evaluate.metaworld import find_task
 
 TASK_WEIGHT = {
     "reach-v3": 0.8,
@@ -64,6 +65,7 @@ class Options:
     save_every_s: float
     workers: int
     shift: int
+    tasks: tuple[str, ...]
     weight: tuple[tuple[str, float], ...]
 
     @property
@@ -98,9 +100,11 @@ def worker(rank: int, options: Options) -> None:
     torch.set_num_threads(1)
     store = f"file://{(options.out / 'rendezvous').resolve()}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.workers)
-    shards = [load_shard(task.name, options.frames) for task in TASKS]
-    start = options.out / "untrained"
-    if rank == 0:
+    shards = [load_shard(task, options.frames) for task in options.tasks]
+    resumed = options.state.exists()
+    going_on = resumed or options.from_export
+    start = options.export if going_on else options.out / "untrained"
+    if rank == 0 and not going_on:
         stats = normalization(shards)
         tensors = {k: {n: torch.from_numpy(v) for n, v in s.items()} for k, s in stats.items()}
         write_untrained(options.policy_type, start, tensors)
@@ -111,11 +115,10 @@ def worker(rank: int, options: Options) -> None:
     interface = loaded.interface
     _, chunk, width = interface.sampler.noise_shape
     run = Run(learner, options.schedule, width, rank)
-    if options.state.exists():
+    if resumed:
         run.resume(options.state)
     elif options.from_export:
-        exported = load_for_training(options.policy_type, options.export)
-        run.resume_compact(options.compact_state, exported.policy.state_dict())
+        run.resume_compact(options.compact_state, loaded.policy.state_dict())
     weights = {**TASK_WEIGHT, **dict(options.weight)}
     sampler = Sampler(shards, weights, chunk, options.shift)
     collate = Collator(interface, [find_task(shard.task) for shard in shards], CAMERA_KEYS)
@@ -124,9 +127,9 @@ def worker(rank: int, options: Options) -> None:
 
     def save() -> None:
         if rank == 0:
-            run.save(options.state)
             write_trained(loaded, run.trained_policy(), options.export)
             run.save_compact(options.compact_state)
+            run.save(options.state)  # last: where there is a state, the export is of this run
 
     count = sum(parameter.numel() for parameter in run.parameters.values())
     log(rank, f"{count / 1e6:.2f} M parameters, from step {run.step}, {run.trained_s / 60:.1f} min")
@@ -196,6 +199,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     add("--workers", type=int, default=2, help="processes of one thread each")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     add("--shift", type=int, default=4, help="random shift of pictures, pixels")
+    add("--tasks", nargs="+", default=list(TASK_WEIGHT), choices=list(TASK_WEIGHT), metavar="TASK")
     add("--weight", type=task_weight, action="extend", nargs="+", default=[], metavar="TASK=W")
     given = vars(parser.parse_args(arguments))
     names = ("minutes", "steps", "peak_lr", "ema", "object_weight", "bf16")
@@ -203,6 +207,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     kind = given["policy_type"]
     given["out"] = given["out"] or BUILD / f"run-{kind}"
     given["export"] = given["export"] or Path(__file__).parent / POLICY_TYPES[kind].directory
+    given["tasks"] = tuple(given["tasks"])
     given["weight"] = tuple(given["weight"])
     return Options(schedule=schedule, **given)
 
