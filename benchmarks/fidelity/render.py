@@ -114,6 +114,7 @@ def page(
         sweep_success=None if sweep is None else format_success(sweep.chosen),
         cost=table(records, COST_COLUMNS),
         full_cost=table(full, COST_COLUMNS) if full else "",
+        full_machine=full[0].machine if full else "",
         first=records[0],
     )
 
