@@ -10,6 +10,7 @@ from torch import nn
 
 from quantvla.export import lowering_cpu
 from quantvla.export.cameras import cameras_apart
+from quantvla.export.denoise_loop import export_loop
 from quantvla.export.graphs import save_graph
 from quantvla.export.guidance import export_guidance
 from quantvla.export.half_scales import store_half_scales_
@@ -89,6 +90,7 @@ def export_engine(
             write_stage(directory, graph, blocks if own else None, stock_sites(choices))
             for graph in graphs
         )
+        loop = export_loop(directory, stages[-1], loaded.interface.sampler)
         guided = export_guidance(directory, loaded) if guidance else None
         for name, content in loaded.interface.files.items():
             (directory / name).write_bytes(content)
@@ -96,8 +98,9 @@ def export_engine(
         own_times = any(graph.only_own_times for graph in graphs)
         sampler = structs.replace(manifest.sampler, only_own_times=own_times)
         manifest = structs.replace(
-            manifest, guidance=guided, sampler=sampler, kernels=choices if choices.sites else None
-        )
+            manifest, loop=loop, guidance=guided, sampler=sampler,
+            kernels=choices if choices.sites else None,
+        )  # fmt: skip
         check_wiring(manifest)
         (directory / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest

@@ -9,6 +9,8 @@
   RMS, or twice what the engine's own velocities change by when its inputs change in the last bits: with
   8-bit weights rounding activations is most of the quantization error, and no share of it.
 - quantization: engine against the float policy; what the integers cost
+- loop: the chunk as the robot gets it, all steps in one call, against the one sampled step by step, which the
+  other parts look at; on the first frames
 
 An engine for a GPU target is run by ONNX Runtime on the CPU, node by node: the numbers of its graphs, 4-bit
 floats by their definition. Its kernels are TensorRT's and are not compared.
@@ -50,6 +52,7 @@ from quantvla.fidelity.trajectories import (
     Trajectory,
     engine_trajectories,
     engine_velocities,
+    loop_difference,
     staged_trajectories,
 )
 from quantvla.float_policy import FloatPolicy
@@ -80,6 +83,8 @@ from quantvla.verify_report import (
 from quantvla.verify_rounding import RoundingResponse, rounding_response
 
 Array = NDArray[np.float32]
+LOOP_FRAMES = 4
+"""Frames on which all steps in one call are compared with one call a step."""
 
 
 def verify(
@@ -119,6 +124,7 @@ def verify(
         frames = [frame.observation for frame in heldout]
         noises = [frame_noise(seed, i, manifest.sampler.noise_shape) for i in range(len(frames))]
         ours = engine_trajectories(policy, frames, noises, "engine", progress)
+        loop = loop_difference(policy, frames[:LOOP_FRAMES], noises[:LOOP_FRAMES])
         exact = _lerobot_chunks(FloatPolicy(loaded), frames, noises, progress)
         parity = MaxError(_max_abs(_float_chunks(float_engine, frames, noises, progress), exact))
         reference = resampled(loaded, manifest.sampler)
@@ -150,10 +156,10 @@ def verify(
         else _kernel_error(ours, integer, kernels, quantization, noise_floor)
     )
     memory = _target_memory(engine, loaded) if on_gpu else _memory(integers)
-    failed = _failed(parity, kernel, quantization, thresholds)
+    failed = _failed(parity, loop, kernel, quantization, thresholds)
     return VerifyReport(
         passed=not failed, failed=failed, chunk_limits_kept=kernel.chunk_limits_kept(thresholds),
-        parity=parity, kernel=kernel, quantization=quantization, thresholds=thresholds,
+        parity=parity, loop=loop, kernel=kernel, quantization=quantization, thresholds=thresholds,
         frames=len(frames), set=heldout.card.name, seed=seed, integer_sites=memory[0],
         integer_bytes=memory[1], half_bytes=memory[2], schedule_nrmse=schedule_nrmse,
     )  # fmt: skip
@@ -194,10 +200,15 @@ def _unfused_copy(engine: Path, manifest: Manifest, parent: Path) -> Path:
 
 
 def _failed(
-    parity: MaxError, kernel: KernelError, quantization: QuantizationError, limits: Thresholds
+    parity: MaxError,
+    loop: float,
+    kernel: KernelError,
+    quantization: QuantizationError,
+    limits: Thresholds,
 ) -> tuple[str, ...]:
     holds = {
         "parity": parity.max_abs <= limits.parity,
+        "loop": loop <= limits.parity,
         "kernel": kernel.max_abs is None or kernel.max_abs <= limits.kernel,
         "kernel chunks": kernel.chunk_limits_kept(limits) != (),
         "quantization": quantization.cosine_mean >= limits.cosine_mean,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,14 +37,13 @@ class Engine:
         self.directory = directory
         self._backend = backend_for(manifest.target)
         self.versions = self._backend.versions()
-        self._sampler = manifest.sampler
+        self._sampler, self._loop = manifest.sampler, manifest.loop
         *self._once, self._repeated = manifest.stages
-        self._sessions: dict[str, Session] | None = {
-            stage.name: self._backend.load(directory / stage.file, stage, self.threads)
-            for stage in manifest.stages
-        }
         self._guidance = manifest.guidance
         self._durations: Durations | None = None
+        self._sessions: dict[str, Session] | None = {}
+        for stage in (*self._once, self._loop or self._repeated):
+            self._session(stage)
 
     def load_guidance(self) -> None:
         """Load the graph of guided chunking, which holds the stage's weights once more.
@@ -52,17 +51,26 @@ class Engine:
         Raises `QuantVLAError` for an engine that has none.
         """
         self.check_open()
-        assert self._sessions is not None
         if self._guidance is None:
             raise explain(
                 self.directory,
                 "has no graph for guidance 'vjp'",
                 remedy="export it with --guidance, or use guidance 'prefix' or 'forward'",
             )
-        stage = self._guidance.stage
+        self._session(self._guidance.stage)
+
+    def load_step(self) -> None:
+        """Load the graph of a single denoise step, beside that of the whole loop where there is one."""
+        self._session(self._repeated)
+
+    def _session(self, stage: StageSpec) -> Session:
+        """Return the loaded ``stage``, which is loaded when it is wanted first."""
+        self.check_open()
+        assert self._sessions is not None
         if stage.name not in self._sessions:
             path = self.directory / stage.file
             self._sessions[stage.name] = self._backend.load(path, stage, self.threads)
+        return self._sessions[stage.name]
 
     def guided(
         self, tensors: Tensors, x: FloatArray, t: float, guidance: Guidance
@@ -117,15 +125,17 @@ class Engine:
         """Integrate from ``noise``; returns the normalized, padded chunk, noise shape float32.
 
         With ``guidance`` the chunk continues the one that the guidance was made from. ``steps``
-        None takes as many as the policy was made for; then, where the stage runs on a device and
-        nobody watches or guides the steps, the loop runs there whole.
+        None takes as many as the policy was made for; then, where nobody watches or guides the
+        steps, the engine library runs the loop whole if it can: from a graph of the loop, or on a device.
         """
         if observe is None and guidance is None and steps is None:
-            self.check_open()
-            assert self._sessions is not None
-            session = self._sessions[self._repeated.name]
+            if self._loop is not None:
+                run, loop = self._session(self._loop).run, self._loop
+                inputs = {**tensors, self._sampler.state: noise}
+                return self._whole(lambda: run(inputs)[loop.outputs[0].name])
+            session = self._session(self._repeated)
             if isinstance(session, DeviceSession):
-                return self._sample_on_device(session, tensors, noise)
+                return self._whole(partial(session.sample, tensors, noise, self._sampler))
         sampler = self._sampler if steps is None else with_steps(self._sampler, steps)
         velocity = self._step(tensors)
         if guidance is not None:
@@ -138,10 +148,8 @@ class Engine:
         Between two runs nothing happens that could be done before: the caches hold the stage's
         weights then, and each line of Python costs several times what it costs otherwise.
         """
-        self.check_open()
-        assert self._sessions is not None
         sampler, stage = self._sampler, self._repeated.name
-        run = self._sessions[stage].run
+        run = self._session(self._repeated).run
         state, time_, output = sampler.state, sampler.time, sampler.velocity
         names = [spec.name for spec in self._repeated.inputs if spec.name not in (state, time_)]
         inputs = {name: tensors[name] for name in names}
@@ -174,12 +182,10 @@ class Engine:
 
         return guided
 
-    def _sample_on_device(
-        self, session: DeviceSession, tensors: Tensors, noise: FloatArray
-    ) -> FloatArray:
-        """Run the loop on the device; a step's recorded time is its share of the loop's."""
+    def _whole(self, sample: Callable[[], FloatArray]) -> FloatArray:
+        """Run all steps at once; a step's recorded time is its share of the loop's."""
         start_ns = time.perf_counter_ns()
-        chunk = session.sample(tensors, noise, self._sampler)
+        chunk = sample()
         if self._durations is not None:
             steps = len(self._sampler.timesteps)
             share = (time.perf_counter_ns() - start_ns) // steps
@@ -215,10 +221,9 @@ class Engine:
             )
 
     def _run(self, stage: StageSpec, tensors: Tensors) -> dict[str, NDArray[Any]]:
-        self.check_open()
-        assert self._sessions is not None
+        session = self._session(stage)
         start_ns = time.perf_counter_ns()
-        outputs = self._sessions[stage.name].run(tensors)
+        outputs = session.run(tensors)
         self.record(stage.name, start_ns)
         return outputs
 

@@ -155,7 +155,11 @@ class Source(Strict, frozen=True, kw_only=True):
 
 
 class Manifest(Strict, frozen=True, kw_only=True):
-    """The content of ``manifest.json``."""
+    """The content of ``manifest.json``.
+
+    ``loop`` is the optional graph of all denoise steps: the inputs of the sampler's stage without the
+    time, the state being the noise, and one output, the normalized chunk.
+    """
 
     schema_version: int
     family: str
@@ -173,6 +177,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
     files: dict[str, str]
     source: Source
     versions: dict[str, str]
+    loop: StageSpec | None = None
     guidance: GuidanceSpec | None = None
     kernels: KernelChoices | None = None
 

@@ -44,6 +44,8 @@ def read_image(obs: Mapping[str, object], key: str) -> NDArray[np.uint8]:
         raise _image_error(
             key, f"{type(image).__module__}.{type(image).__name__}", "convert it with np.asarray"
         )
+    if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and image.size:
+        return image
     got = f"{image.dtype} {image.shape}"
     if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
         raise _image_error(key, f"grayscale {got}", "pass the colour image")
@@ -51,17 +53,15 @@ def read_image(obs: Mapping[str, object], key: str) -> NDArray[np.uint8]:
         raise _image_error(key, f"a batch {got}", "pass one image without the leading axis")
     if image.ndim != 3:
         raise _image_error(key, got, "pass one colour image")
+    if image.shape[2] == 4:
+        raise _image_error(key, f"RGBA {got}", "drop the alpha channel: image[..., :3]")
+    if image.shape[2] != 3 and image.shape[0] in (1, 3, 4):
+        raise _image_error(key, f"CHW {got}", "transpose it: image.transpose(1, 2, 0)")
     if image.shape[2] != 3:
-        if image.shape[2] == 4:
-            raise _image_error(key, f"RGBA {got}", "drop the alpha channel: image[..., :3]")
-        if image.shape[0] in (1, 3, 4):
-            raise _image_error(key, f"CHW {got}", "transpose it: image.transpose(1, 2, 0)")
         raise _image_error(key, got, "pass one colour image")
     if image.dtype != np.uint8:
         raise _image_error(key, got, "pass the camera's uint8 pixels (0..255), not scaled ones")
-    if image.size == 0:
-        raise _image_error(key, f"an empty image {got}", "check the camera")
-    return image
+    raise _image_error(key, f"an empty image {got}", "check the camera")
 
 
 def _image_error(key: str, got: str, remedy: str) -> QuantVLAError:

@@ -196,6 +196,13 @@ class Policy(SteppedPolicy):
         """Load what a prefix of method ``vjp`` needs; raises `QuantVLAError` if the engine has it not."""
         self._engine.load_guidance()
 
+    def load_step(self) -> None:
+        """Load what a prefix, another number of steps and `velocity` need, now and not at their first use.
+
+        An engine may have a graph of all its steps, and runs that one until a single step is asked for.
+        """
+        self._engine.load_step()
+
     def prepare(self, obs: Observation) -> dict[str, NDArray[Any]]:
         """Preprocess ``obs`` and run the stages before the sampler; returns every tensor by name."""
         self._engine.check_open()

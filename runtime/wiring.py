@@ -42,10 +42,28 @@ def check_wiring(manifest: Manifest) -> None:
         for spec in stage.inputs:
             _check_input(stage.name, _rows(stage.name, spec, rows), made)
         _add(made, tuple(_rows(stage.name, spec, rows) for spec in stage.outputs))
+    _check_loop(manifest, made)
     _check_guidance(manifest, made)
     for post in manifest.postprocess:
         if isinstance(post, AddState):
             _check_origin(post, made, manifest.action.dim)
+
+
+def _check_loop(manifest: Manifest, made: dict[str, TensorSpec]) -> None:
+    """Raise `QuantVLAError` unless the graph of all steps finds its inputs and returns the chunk."""
+    loop, sampler = manifest.loop, manifest.sampler
+    if loop is None:
+        return
+    given = {name: spec for name, spec in made.items() if name != sampler.time}
+    for spec in loop.inputs:
+        _check_input(loop.name, spec, given)
+    shapes = [(spec.dtype, spec.shape) for spec in loop.outputs]
+    if shapes != [("float32", sampler.noise_shape)]:
+        raise _error(
+            f"stage {loop.name!r}",
+            f"expected one output, float32 {list(sampler.noise_shape)}",
+            got=[f"{o.name} {o.dtype} {list(o.shape)}" for o in loop.outputs],
+        )
 
 
 def _check_guidance(manifest: Manifest, made: dict[str, TensorSpec]) -> None:
@@ -215,6 +233,8 @@ def _check_action(manifest: Manifest) -> None:
 def _check_files(manifest: Manifest) -> None:
     named = [stage.file for stage in manifest.stages]
     named += [step.file for step in manifest.preprocess if isinstance(step, Tokenize)]
+    if manifest.loop is not None:
+        named.append(manifest.loop.file)
     if manifest.guidance is not None:
         named.append(manifest.guidance.stage.file)
     for name in named:

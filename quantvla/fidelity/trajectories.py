@@ -50,6 +50,20 @@ def engine_trajectories(
     return found
 
 
+def loop_difference(policy: Policy, frames: Sequence[Frame], noises: Sequence[Array]) -> float:
+    """Return how far chunks sampled in one call, as on the robot, are from those sampled step by step.
+
+    The largest difference, over the largest action.
+    """
+    worst = largest = 0.0
+    for frame, noise in zip(frames, noises, strict=True):
+        steps = policy.predict(visible(policy, frame), noise=noise)
+        whole = policy.sample_chunk(steps.tensors, noise=noise)
+        worst = max(worst, float(np.abs(whole - steps.actions).max()))
+        largest = max(largest, float(np.abs(steps.actions).max()))
+    return worst / largest if worst else 0.0
+
+
 def staged_trajectories(
     loaded: LoadedPolicy,
     frames: Sequence[Frame],

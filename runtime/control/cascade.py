@@ -62,6 +62,9 @@ class Cascade:
             raise explain(
                 "cascade", "the levels make different actions", remedy="use engines of one policy"
             )
+        for level in (cheap, better):
+            if level.steps is not None:
+                level.policy.load_step()
         self.counts = CascadeCounts()
         self.answer: Answer | None = None
         self.had_time: bool | None = None

@@ -81,6 +81,7 @@ def build_strategy(
         return Asynchronous(inner, execute)
     if spec.kind == "blend":
         return Blending(inner, execute, spec.blend)
+    policy.load_step()
     if spec.guidance == "vjp":
         policy.load_guidance()
     return RealTimeChunking(

@@ -147,6 +147,18 @@ def test_the_float_engine_does_what_lerobot_does(
             assert np.abs(ours - theirs).max() < 1e-5
 
 
+@pytest.mark.parametrize("which", ["float_engine", "integer_engine"])
+def test_all_steps_in_one_call_are_the_steps_one_by_one(
+    which: str, size: Any, request: pytest.FixtureRequest
+) -> None:
+    observation = random_observation(size, 1)
+    with Policy.from_pretrained(request.getfixturevalue(which), threads=1) as policy:
+        assert policy.manifest.loop is not None
+        for seed in range(3):
+            steps = policy.predict(observation, seed=seed).actions
+            assert np.array_equal(policy.predict_action_chunk(observation, seed=seed), steps)
+
+
 def test_tables_over_the_time_stand_where_weights_only_see_the_time(
     checkpoint: Path, float_engine: Path
 ) -> None:

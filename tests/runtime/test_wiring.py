@@ -14,6 +14,7 @@ replace = msgspec.structs.replace
 BASE = make_manifest()
 VISION, PREFIX, DENOISE = BASE.stages
 SAMPLER = BASE.sampler
+LOOP = replace(DENOISE, name="loop", repeat=1, inputs=DENOISE.inputs[::2])
 IMAGES = BASE.preprocess[0]
 assert isinstance(IMAGES, Images)
 
@@ -64,6 +65,15 @@ def test_wiring_of_a_sound_manifest() -> None:
             {"sampler": replace(SAMPLER, step=(*(-0.1,) * 9, 0.1))},
             "sampler: steps must lead from each time to the next",
         ),
+        (
+            {"loop": replace(LOOP, inputs=DENOISE.inputs)},
+            "stage 'loop' input 'time': nothing makes it",
+        ),
+        (
+            {"loop": replace(LOOP, outputs=PREFIX.outputs)},
+            r"stage 'loop': expected one output, float32 \[1, 4, 6\], got \['context float32",
+        ),
+        ({"loop": replace(LOOP, file="loop.onnx")}, "files: 'loop.onnx' has no checksum"),
         ({"action": replace(BASE.action, execute=5)}, "cannot execute more than 4, got 5"),
         ({"action": replace(BASE.action, dim=3)}, "postprocessing: expected dim 3, got 2"),
         ({"action": replace(BASE.action, names=("x",))}, "action: expected 2 names, got 1"),
