@@ -38,6 +38,8 @@ class ServedPolicy(Protocol):
         prefix: ActionPrefix | None = None,
     ) -> FloatArray: ...
 
+    def load_step(self) -> None: ...
+
     def warm_up(self, runs: int = 1) -> None: ...
 
     def close(self) -> None: ...
@@ -136,6 +138,7 @@ class InferenceThread:
 
     def _start(self) -> None:
         self._policy = self._load()
+        self._policy.load_step()  # a request may have a prefix
         self._policy.warm_up()
 
     def _predict(

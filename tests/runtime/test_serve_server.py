@@ -217,6 +217,9 @@ class SlowPolicy:
         self._gate.wait(20)
         return self._policy.predict_action_chunk(obs, **given)
 
+    def load_step(self) -> None:
+        self._policy.load_step()
+
     def warm_up(self, runs: int = 1) -> None:
         self._policy.warm_up(runs)
 
