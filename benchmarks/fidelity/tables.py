@@ -147,7 +147,15 @@ def _cost(field: str, digits: int) -> Cell:
     return cell
 
 
+def _frames(record: ArmRecord) -> str:
+    if record.quantize is None:
+        return ABSENT
+    words = record.quantize.command.split()
+    return words[words.index("--frames") + 1]
+
+
 COST_COLUMNS = (
+    ("frames", _frames),
     ("processor s", _cost("cpu_s", 0)),
     ("peak GiB", _cost("peak_rss_gib", 2)),
 )
