@@ -99,10 +99,10 @@ def test_a_weight_that_does_not_fit_is_refused(tiny_integer_engine: Path, tmp_pa
     import onnx
 
     engine = Path(shutil.copytree(tiny_integer_engine, tmp_path / "engine"))
-    model = onnx.load(engine / "denoise.native.onnx", load_external_data=False)
+    model = onnx.load(engine / "prefix.native.onnx", load_external_data=False)
     node = next(node for node in model.graph.node if node.op_type == "IntegerLinear")
     next(attribute for attribute in node.attribute if attribute.name == "block").i = 8
-    onnx.save(model, engine / "denoise.native.onnx")
+    onnx.save(model, engine / "prefix.native.onnx")
     with (
         Policy.from_pretrained(engine, verify_checksums=False) as policy,
         pytest.raises(Exception, match="IntegerLinear: scales do not fit the weight"),
