@@ -1,20 +1,20 @@
 """All denoise steps as one graph: a chunk then takes one call of the engine library, not one for each step.
 
-On a small policy a call costs about as much as a linear layer, in the library and in Python; the
-arithmetic and its order are the single step's and `euler_integrate`'s, so the chunk is the same to
-the last bit. Weights are those of the single step's file.
+A call costs time in the library and in Python that a small policy notices. The arithmetic and its order
+are the single step's and `euler_integrate`'s, so that the chunk is the same to the last bit. Weights are
+those of the single step's file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes.common import NameFixPass
 
+from quantvla.export.rewrites.graph import Editor
 from quantvla.runtime.manifest import EulerSampler, StageSpec, TensorSpec
 
 
@@ -45,55 +45,41 @@ def export_loop(directory: Path, stage: StageSpec, sampler: EulerSampler) -> Sta
 
 def repeat_step_(model: ir.Model, sampler: EulerSampler, output: str) -> None:
     """Turn the graph of one step into that of all, which returns ``output``."""
-    graph = model.graph
-    nodes = list(graph)
-    state, time = (_input(graph, name) for name in (sampler.state, sampler.time))
-    (velocity,) = (value for value in graph.outputs if value.name == sampler.velocity)
+    graph, shape = model.graph, sampler.noise_shape
+    state, time = (_named(graph.inputs, name) for name in (sampler.state, sampler.time))
+    velocity = _named(graph.outputs, sampler.velocity)
     graph.outputs.clear()
-    graph.remove(nodes)
-
-    times = _constant(graph, "loop.times", np.array(sampler.timesteps, np.float32)[:, None])
-    sizes = _constant(graph, "loop.sizes", np.array(sampler.sizes, np.float32))
-    count = _constant(graph, "loop.count", np.array(len(sampler.timesteps), np.int64))
     index = _value("loop.index", (), ir.DataType.INT64)
     going_on = _value("loop.going_on", (), ir.DataType.BOOL)
-    x = _value("loop.state", sampler.noise_shape)
-    at = _node("Gather", [times, index], _value("loop.time", (1,)))
-    size = _node("Gather", [sizes, index], _value("loop.size", ()))
-    scaled = _node("Mul", [size.outputs[0], velocity], _value("loop.move", sampler.noise_shape))
-    moved = _node("Add", [x, scaled.outputs[0]], _value("loop.moved", sampler.noise_shape))
-    still = _node("Identity", [going_on], _value("loop.still", (), ir.DataType.BOOL))
-    ir.convenience.replace_all_uses_with([state, time], [x, at.outputs[0]])
-    body = ir.Graph(
-        [index, going_on, x],
-        [still.outputs[0], moved.outputs[0]],
-        nodes=[at, size, *nodes, scaled, moved, still],
-        name="step",
-    )
+    x = _value("loop.state", shape)
+
+    begin = Editor(model, graph[0])
+    times = begin.constant("loop.times", np.array(sampler.timesteps, np.float32)[:, None])
+    sizes = begin.constant("loop.sizes", np.array(sampler.sizes, np.float32))
+    count = begin.constant("loop.count", np.array(len(sampler.timesteps), np.int64))
+    at = begin.add("Gather", [times, index], shape=(1,))
+    size = begin.add("Gather", [sizes, index], shape=())
+    ir.convenience.replace_all_uses_with([state, time], [x, at])
+    still = ir.node("Identity", [going_on])
+    still.outputs[0].type, still.outputs[0].shape = ir.TensorType(ir.DataType.BOOL), ir.Shape(())
+    graph.append(still)
+    end = Editor(model, still)
+    moved = end.add("Add", [x, end.add("Mul", [size, velocity], shape=shape)], shape=shape)
+
+    nodes = list(graph)
+    graph.remove(nodes)
+    body = ir.Graph([index, going_on, x], [still.outputs[0], moved], nodes=nodes, name="step")
     graph.inputs[:] = [value for value in graph.inputs if value is not time]
-    loop = ir.Node(
-        "", "Loop", [count, None, state], [ir.AttrGraph("body", body)],
-        outputs=[_value(output, sampler.noise_shape)], name="loop",
-    )  # fmt: skip
-    graph.append(loop)
-    graph.outputs.append(loop.outputs[0])
+    chunk = _value(output, shape)
+    graph.append(
+        ir.Node("", "Loop", [count, None, state], [ir.AttrGraph("body", body)], outputs=[chunk])
+    )
+    graph.outputs.append(chunk)
 
 
-def _input(graph: ir.Graph, name: str) -> ir.Value:
-    return next(value for value in graph.inputs if value.name == name)
-
-
-def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = _value(name, array.shape, tensor.dtype)
-    value.const_value = tensor
-    graph.register_initializer(value)
-    return value
+def _named(values: Sequence[ir.Value], name: str) -> ir.Value:
+    return next(value for value in values if value.name == name)
 
 
 def _value(name: str, shape: tuple[int, ...], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-
-
-def _node(operator: str, inputs: list[ir.Value], output: ir.Value) -> ir.Node:
-    return ir.Node("", operator, inputs, outputs=[output], name=output.name)

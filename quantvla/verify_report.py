@@ -77,7 +77,8 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
 
     ``failed``: the parts beyond their thresholds (``parity``, ``loop``, ``kernel``, ``kernel
     chunks``, ``quantization``). ``loop``: largest difference between a chunk sampled in one call and the same chunk
-    sampled step by step, over the largest action, by the limit of ``parity``. ``chunk_limits_kept``: which of ``kernel_share``, ``kernel`` and ``rounding``
+    sampled step by step, over the largest action, by the limit of ``parity``; null for an
+    engine without a graph of all steps. ``chunk_limits_kept``: which of ``kernel_share``, ``kernel`` and ``rounding``
     whole chunks keep, one is enough; null where chunks were not compared or the engine has no integers.
     ``schedule_nrmse``: relative error of the float policy at the engine's times of denoising against its
     own; null where they are the same. Engine and reference then both run at the engine's.
@@ -87,7 +88,7 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     failed: tuple[str, ...]
     chunk_limits_kept: tuple[str, ...] | None
     parity: MaxError
-    loop: float
+    loop: float | None
     kernel: KernelError
     quantization: QuantizationError
     thresholds: Thresholds

@@ -112,7 +112,7 @@ class Engine:
                 remedy="pass the padded chunk",
             )
         check_time(self._sampler, t)
-        return self._step(tensors)(x, t)
+        return self._velocity(tensors, x, t)
 
     def sample(
         self,
@@ -137,50 +137,25 @@ class Engine:
             if isinstance(session, DeviceSession):
                 return self._whole(partial(session.sample, tensors, noise, self._sampler))
         sampler = self._sampler if steps is None else with_steps(self._sampler, steps)
-        velocity = self._step(tensors)
+        velocity: Velocity = partial(self._velocity, tensors)
         if guidance is not None:
-            velocity = self._guide(velocity, tensors, noise, guidance)
+            velocity = partial(self._guided, tensors, noise, guidance)
         return euler_integrate(velocity, noise, sampler.timesteps, sampler.step, observe)
 
-    def _step(self, tensors: Tensors) -> Velocity:
-        """Return the sampler's stage as a function of x and t; its other inputs are looked up once.
+    def _velocity(self, tensors: Tensors, x: FloatArray, t: float) -> FloatArray:
+        step = {self._sampler.state: x, self._sampler.time: np.array([t], dtype=np.float32)}
+        return self._run(self._repeated, {**tensors, **step})[self._sampler.velocity]
 
-        Between two runs nothing happens that could be done before: the caches hold the stage's
-        weights then, and each line of Python costs several times what it costs otherwise.
-        """
-        sampler, stage = self._sampler, self._repeated.name
-        run = self._session(self._repeated).run
-        state, time_, output = sampler.state, sampler.time, sampler.velocity
-        names = [spec.name for spec in self._repeated.inputs if spec.name not in (state, time_)]
-        inputs = {name: tensors[name] for name in names}
-        times = {t: np.array([t], dtype=np.float32) for t in sampler.timesteps}
-
-        def velocity(x: FloatArray, t: float) -> FloatArray:
-            inputs[state] = x
-            inputs[time_] = times[t] if t in times else np.array([t], dtype=np.float32)
-            if self._durations is None:
-                return run(inputs)[output]
-            start_ns = time.perf_counter_ns()
-            outputs = run(inputs)
-            self.record(stage, start_ns)
-            return outputs[output]
-
-        return velocity
-
-    def _guide(
-        self, velocity: Velocity, tensors: Tensors, noise: FloatArray, guidance: Guidance
-    ) -> Velocity:
-        """Return ``velocity`` with what ``guidance`` adds."""
-
-        def guided(x: FloatArray, t: float) -> FloatArray:
-            if guidance.method == "vjp":
-                return guidance.corrected(*self.guided(tensors, x, t, guidance), t)
-            v = velocity(x, t)
-            if guidance.method == "prefix":
-                return guidance.along_path(noise, v)
-            return guidance.corrected(v, guidance.correction(x, v, t), t)
-
-        return guided
+    def _guided(
+        self, tensors: Tensors, noise: FloatArray, guidance: Guidance, x: FloatArray, t: float
+    ) -> FloatArray:
+        """Return the velocity with what ``guidance`` adds."""
+        if guidance.method == "vjp":
+            return guidance.corrected(*self.guided(tensors, x, t, guidance), t)
+        v = self._velocity(tensors, x, t)
+        if guidance.method == "prefix":
+            return guidance.along_path(noise, v)
+        return guidance.corrected(v, guidance.correction(x, v, t), t)
 
     def _whole(self, sample: Callable[[], FloatArray]) -> FloatArray:
         """Run all steps at once; a step's recorded time is its share of the loop's."""

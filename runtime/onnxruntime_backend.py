@@ -119,11 +119,7 @@ class OnnxRuntimeSession:
 
     def run(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the outputs by name; ``tensors`` holds at least the inputs."""
-        if len(tensors) != len(self._inputs):
-            tensors = {name: tensors[name] for name in self._inputs}
-        results = self._session.run(self._outputs, tensors)
-        if len(results) == 1:
-            return {self._outputs[0]: results[0]}
+        results = self._session.run(self._outputs, {name: tensors[name] for name in self._inputs})
         return dict(zip(self._outputs, results, strict=True))
 
 

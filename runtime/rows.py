@@ -25,8 +25,6 @@ def calls(stage: StageSpec, tensors: Tensors) -> Iterator[Tensors]:
 
 def run_all(stage: StageSpec, tensors: Tensors, run: Run) -> dict[str, NDArray[Any]]:
     """Return the outputs of a stage before the sampler, its rows joined."""
-    if stage.repeat == 1:
-        return run(tensors)
     return joined([run(call) for call in calls(stage, tensors)])
 
 

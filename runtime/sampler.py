@@ -38,12 +38,11 @@ def euler_integrate(
     """
     x = noise
     steps = step if isinstance(step, Sequence) else [step] * len(timesteps)
-    sizes = [np.float32(dt) for dt in steps]
-    for t, dt in zip(timesteps, sizes, strict=True):
+    for t, dt in zip(timesteps, steps, strict=True):
         v = velocity(x, t)
         if observe is not None:
             observe(x, v)
-        x = x + dt * v
+        x = x + np.float32(dt) * v
     return x
 
 

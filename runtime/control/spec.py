@@ -81,9 +81,10 @@ def build_strategy(
         return Asynchronous(inner, execute)
     if spec.kind == "blend":
         return Blending(inner, execute, spec.blend)
-    policy.load_step()
     if spec.guidance == "vjp":
         policy.load_guidance()
+    else:
+        policy.load_step()
     return RealTimeChunking(
         inner, execute, spec.guidance, spec.schedule, spec.overlap, spec.max_weight
     )

@@ -79,7 +79,7 @@ def test_verify_notices_a_loop_that_is_not_the_steps(
     changed = structs.replace(manifest, files=files)
     (engine / MANIFEST_FILE).write_bytes(encode_manifest(changed))
     report = verify(engine, tiny_checkpoint, open_set(tiny_set).part("heldout"))
-    assert report.failed == ("loop",) and report.loop > 1e-3
+    assert report.failed == ("loop",) and report.loop is not None and report.loop > 1e-3
 
 
 def test_a_missing_loop_is_named(engine: Path) -> None:
