@@ -146,8 +146,9 @@ def _load_engine(arm: Arm) -> ChunkPolicy:
     directory = Path(arm.path)
     manifest = read_manifest(directory)
     check_files(directory, manifest)
+    # The graph of the loop runs the exported number of steps.
     manifest = msgspec.structs.replace(
-        manifest, sampler=with_steps(manifest.sampler, arm.denoise_steps)
+        manifest, sampler=with_steps(manifest.sampler, arm.denoise_steps), loop=None
     )
     return Policy(directory, manifest, Engine(directory, manifest, threads=1))
 

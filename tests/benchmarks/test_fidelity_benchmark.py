@@ -65,7 +65,8 @@ def commands(
             source = tiny_integer_engine if "quantized" in arguments[1] else tiny_float_engine
         output = Path(arguments[arguments.index("-o") + 1])
         shutil.copytree(source, output, dirs_exist_ok=True)
-        return scripts["arm_result"].Cost(command="c", wall_s=2, cpu_s=1, peak_rss_gib=0.5)
+        command = " ".join(arguments)
+        return scripts["arm_result"].Cost(command=command, wall_s=2, cpu_s=1, peak_rss_gib=0.5)
 
     monkeypatch.setattr(scripts["compiling"], "run_command", run)
     return ran
