@@ -4,7 +4,7 @@ Torch-free: a robot records and reads sets with the base install. Only LeRobotDa
 lerobot, which is imported when one is opened.
 """
 
-from quantvla.calib_sets.calibration_set import CalibrationSet, Frame, limit, select
+from quantvla.calib_sets.calibration_set import CalibrationSet, Frame, limit, of_tasks, select
 from quantvla.calib_sets.card import Card, Part, RobotSpec, Selection, SetSource
 from quantvla.calib_sets.observation import Observation
 from quantvla.calib_sets.opening import open_set
@@ -25,6 +25,7 @@ __all__ = [
     "build_set",
     "check_robot",
     "limit",
+    "of_tasks",
     "open_set",
     "record",
     "select",

@@ -32,7 +32,7 @@ from quantvla.calib_sets.selection import (
     strided,
 )
 from quantvla.calib_sets.split import split_frames
-from quantvla.runtime.errors import explain
+from quantvla.runtime.errors import explain, nearest
 
 
 class FrameLoader(Protocol):
@@ -227,6 +227,45 @@ def select(calibration: CalibrationSet, selection: Selection) -> CalibrationSet:
             for entry, row in zip(chosen.entries, rows, strict=True)
         ),
         where=f"{card.name} after dropping idle frames",
+    )
+    return replace(chosen, card=new, entries=new.frames)
+
+
+def of_tasks(calibration: CalibrationSet, tasks: Collection[str]) -> CalibrationSet:
+    """Return the frames whose instruction is one of ``tasks``; everything if none is named.
+
+    For a policy that knows some of a recording's tasks. Raises `QuantVLAError` for an instruction that the set lacks.
+    """
+    known = calibration.card.tasks
+    for task in tasks:
+        if task not in known:
+            raise explain(
+                calibration.card.name,
+                "has no frames of this task",
+                got=repr(task),
+                remedy=nearest(task, known),
+            )
+    if not tasks:
+        return calibration
+    kept = tuple(task for task in known if task in tasks)
+    entries = calibration.entries
+    chosen = calibration._rows(
+        [row for row, entry in enumerate(entries) if known[entry.task] in kept]
+    )
+    card = calibration.card
+    new = make_card(
+        card.name,
+        source=card.source,
+        robot=card.robot,
+        split=card.split,
+        selection=card.selection,
+        motion=card.motion,
+        tasks=kept,
+        frames=tuple(
+            msgspec.structs.replace(entry, task=kept.index(known[entry.task]))
+            for entry in chosen.entries
+        ),
+        where=f"{card.name} of {len(kept)} tasks",
     )
     return replace(chosen, card=new, entries=new.frames)
 

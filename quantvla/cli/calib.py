@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from quantvla.calib_sets import CalibrationSet, Selection, build_set, open_set, record
+from quantvla.calib_sets import CalibrationSet, Selection, build_set, of_tasks, open_set, record
 from quantvla.calib_sets.card import Part
 from quantvla.calib_sets.images import ImageFormat
 from quantvla.calib_sets.summary import Summary, summarize
@@ -69,6 +69,7 @@ def info(path: Path, as_json: bool) -> None:
     show_default=True,
     help="Least movement, as a share of the range of a state entry; 0 keeps idle frames.",
 )
+@click.option("--task", "tasks", multiple=True, help="Only frames of this instruction; repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--format", "image_format", type=_FORMAT, default="jpeg", show_default=True)
 @click.option("--name", help="Name in the card [default: that of the directory].")
@@ -81,12 +82,13 @@ def build(
     heldout_episodes: str | None,
     stride: int,
     min_motion: float,
+    tasks: tuple[str, ...],
     seed: int,
     image_format: ImageFormat,
     name: str | None,
     overwrite: bool,
 ) -> None:
-    """Choose frames of SOURCE, a LeRobotDataset v3 or a directory of NPZ files, and write a set.
+    """Choose frames of SOURCE, a LeRobotDataset v3, a directory of NPZ files or another set, and write a set.
 
     Frames are balanced over tasks and episodes; idle ones are dropped. The same command on the
     same source writes the same bytes.
@@ -99,7 +101,7 @@ def build(
         seed=seed,
         min_motion=min_motion,
     )
-    opened = open_set(source, heldout=heldout)
+    opened = of_tasks(open_set(source, heldout=heldout), tasks)
     with progress_bar() as progress:
         built = build_set(
             opened,

@@ -93,6 +93,25 @@ def test_build_says_when_there_are_fewer_frames_than_asked(
     )
 
 
+def test_build_takes_the_frames_of_some_tasks_from_another_set(
+    stored: CalibrationSet, tmp_path: Path
+) -> None:
+    options = ("--format", "png", "--stride", 1)
+    run("build", tmp_path / "set", "-o", tmp_path / "one", "--task", "task 1", *options)
+    one = open_set(tmp_path / "one")
+    wanted = [frame for frame in stored if frame.task == "task 1"]
+    assert one.card.tasks == ("task 1",) and len(one) == len(wanted) > 0
+    for frame, source in zip(one, wanted, strict=True):
+        assert (frame.episode, frame.frame, frame.part) == (
+            source.episode, source.frame, source.part,
+        )  # fmt: skip
+        assert frame.observation["task"] == "task 1"
+        np.testing.assert_array_equal(frame.observation[TOP], source.observation[TOP])
+    with pytest.raises(QuantVLAError, match=r"no frames of this task, got 'task 3'; did you mean"):
+        run("build", tmp_path / "set", "-o", tmp_path / "two", "--task", "task 3")
+    assert not (tmp_path / "two").exists()
+
+
 def test_build_refuses(npz_directory: Path, tmp_path: Path, stored: CalibrationSet) -> None:
     with pytest.raises(QuantVLAError, match="set: already exists; choose another output or pass"):
         run("build", npz_directory, "-o", tmp_path / "set")
