@@ -1,15 +1,18 @@
-"""docs/fidelity.md and its figures from the committed results.
+"""A page of the documentation and its figures from the committed results of one policy.
 
-    python benchmarks/fidelity/render.py
+    python benchmarks/fidelity/render.py                                                        # SmolVLA: docs/fidelity.md
+    python benchmarks/fidelity/render.py --source benchmarks/fidelity/groot -o docs/fidelity_groot.md
 
-Reads results/*.json, hard_bed.json, findings.md (what a person says about the numbers), fills page.md.jinja and
-writes docs/fidelity.md and docs/fidelity/*.png. Nothing is measured here.
+Reads results/*.json, intro.md and, where they are there, full_size/*.json, hard_bed.json and findings.md (what a person
+says about the numbers) of the source, fills page.md.jinja and writes the page and, beside it, a folder of figures.
+Nothing is measured here.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -33,7 +36,8 @@ from quantvla.report.comparison import comparison_png
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import write_atomic
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 TEMPLATE = HERE / "page.md.jinja"
 ORDER = (
     REFERENCE, "rtn-w4a8", "layout-w4a8", "transform-w4a8", "atm-w4a8", "ohb-w4a8", "quantvla-w4a8",
@@ -93,16 +97,29 @@ def comparison(records: Sequence[ArmRecord]) -> Comparison | None:
     )
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a page says beside its tables: text, the folder of figures, where the results are."""
+
+    intro: str
+    findings: str
+    folder: str
+    results: str
+
+
 def page(
-    records: Sequence[ArmRecord], sweep: Sweep | None, full: Sequence[ArmRecord], findings: str
+    records: Sequence[ArmRecord], sweep: Sweep | None, full: Sequence[ArmRecord], words: Words
 ) -> str:
-    """Return the whole of docs/fidelity.md: page.md.jinja with the tables in it."""
+    """Return the whole page: page.md.jinja with the tables in it."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     result = comparison(records)
     return environment.from_string(TEMPLATE.read_text()).render(
-        findings=findings.strip(),
+        intro=words.intro.strip(),
+        findings=words.findings.strip(),
+        folder=words.folder,
+        results=words.results,
         comparison=result,
         unmeasured=[name for name in bundled_recipes() if name not in {r.arm for r in records}],
         errors="" if result is None else table(records, error_columns(result.dimensions)),
@@ -129,23 +146,28 @@ def _change(sweep: Sweep) -> str:
 
 def main() -> None:
     """Render the page and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--full-size", type=Path, default=HERE / "full_size")
-    parser.add_argument("--hard-bed", type=Path, default=HERE / "hard_bed.json")
-    parser.add_argument("--findings", type=Path, default=HERE / "findings.md")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=HERE.parents[1] / "docs" / "fidelity.md"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--source", type=Path, default=HERE)
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "fidelity.md")
     options = parser.parse_args()
-    records = read_results(options.results)
-    names = sorted((path.stem for path in options.full_size.glob("*.json")), key=_position)
-    full = [r for r in (read_record(options.full_size, name) for name in names) if r is not None]
+    source = options.source.resolve()
+    records = read_results(source / "results")
+    full_size = source / "full_size"
+    names = sorted((path.stem for path in full_size.glob("*.json")), key=_position)
+    full = [r for r in (read_record(full_size, name) for name in names) if r is not None]
+    hard_bed, findings = source / "hard_bed.json", source / "findings.md"
     sweep = None
-    if options.hard_bed.is_file():
-        sweep = msgspec.json.decode(options.hard_bed.read_bytes(), type=Sweep)
-    findings = options.findings.read_text() if options.findings.is_file() else ""
+    if hard_bed.is_file():
+        sweep = msgspec.json.decode(hard_bed.read_bytes(), type=Sweep)
     folder = options.output.with_suffix("")
+    words = Words(
+        intro=(source / "intro.md").read_text(),
+        findings=findings.read_text() if findings.is_file() else "",
+        folder=folder.name,
+        results=(source / "results").relative_to(ROOT).as_posix(),
+    )
     result = comparison(records)
     if result is not None:
         write_atomic(folder / "comparison.png", comparison_png(result))
@@ -154,7 +176,7 @@ def main() -> None:
         write_atomic(folder / "closed_loop.png", beds_png(records))
     if sweep is not None:
         write_atomic(folder / "sweep.png", sweep_png(sweep))
-    write_atomic(options.output, page(records, sweep, full, findings).encode())
+    write_atomic(options.output, page(records, sweep, full, words).encode())
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Options:
     episodes: int
     hard_bed: Path
     beds: tuple[str, ...]
+    tasks: tuple[str, ...] | None
     seed: int
     processes: int
     steps: tuple[str, ...]
@@ -110,6 +111,8 @@ class Benchmark:
         options = self.options
         known = [read_bed(options.hard_bed), REFERENCE_BED]  # the telling one first
         beds = [bed for bed in known if bed.name in options.beds]
+        if options.tasks is not None:
+            beds = [msgspec.structs.replace(bed, tasks=options.tasks) for bed in beds]
         loop = ClosedLoop(
             options.work / "closed_loop", self.arms[REFERENCE], options.seed, options.processes
         )
@@ -209,6 +212,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     parser.add_argument("--hard-bed", type=Path, default=HERE / "hard_bed.json")
     parser.add_argument("--beds", nargs="+", choices=BEDS, default=BEDS)
+    parser.add_argument("--tasks", nargs="+", help="closed loop on these tasks [the beds']")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=available_cores())
     parser.add_argument("--work", type=Path, default=Path("build/fidelity"))
@@ -230,7 +234,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         sources=Sources(found.checkpoint, found.calib, found.frames, sha256_tree(found.checkpoint)),
         work=found.work, results=found.results, heldout_frames=found.heldout_frames,
         noises=found.noises, episodes=found.episodes, hard_bed=found.hard_bed,
-        beds=tuple(found.beds), seed=found.seed,
+        beds=tuple(found.beds), tasks=tuple(found.tasks) if found.tasks else None, seed=found.seed,
         processes=found.processes,
         steps=_steps(found.only, closed_loop=not found.no_closed_loop),
     )  # fmt: skip

@@ -211,11 +211,15 @@ def test_the_page_has_every_arm_and_every_number(
     )  # fmt: skip
     records = render.read_results(tmp_path / "results")
     assert [record.arm for record in records] == ["float", "w4a8"]
-    page = render.page(records, swept, [], "What it says: nothing yet.")
+    words = render.Words(
+        intro="# A page", findings="What it says: nothing yet.", folder="f", results="r"
+    )
+    page = render.page(records, swept, [], words)
     w4a8 = records[1]
     assert f"{100 * w4a8.compared.result.error.nrmse:.2f} %" in page
     assert "not measured here: `all-w4a8`" in page and "`w4a8`" not in page
     assert "--perturb camera=0.1` on go, fetch" in page and "What it says" in page
+    assert page.startswith("# A page\n\n") and "](f/sweep.png)" in page and "`r/*.json`" in page
     assert scripts["tables"].format_success(w4a8.beds["hard"].success) in page
     for png in (
         scripts["fidelity_figures"].size_png(records),
