@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 SIZES = {"full": FULL_SIZE, "tiny": SmolVLASize()}
 STAGES = ("vision", "prefix", "denoise")
 REFERENCE = "ONNX Runtime float32"
+RECIPES = ["float", "int8", "w4a8-fast", str(HERE / "w4a8-everywhere.toml")]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def arms(work: Path, openvino: Path | None, recipes: list[str]) -> list[Arm]:
             Arm("OpenVINO bfloat16", work / "straight", peer(python, "openvino", "--precision", "bf16")),
             Arm("OpenVINO NNCF int8 + bfloat16", work / "nncf", peer(python, "openvino", "--precision", "bf16")),
         ]  # fmt: skip
-    return found + [Arm(f"quantvla {name}", work / "engines" / name) for name in recipes]
+    names = [Path(recipe).stem for recipe in recipes]
+    return found + [Arm(f"quantvla {name}", work / "engines" / name) for name in names]
 
 
 def build(work: Path, size: SmolVLASize, openvino: Path | None, recipes: list[str]) -> None:
@@ -91,18 +93,18 @@ def build(work: Path, size: SmolVLASize, openvino: Path | None, recipes: list[st
         command = [str(openvino), str(HERE / "openvino_int8.py"), str(work / "straight")]
         subprocess.run([*command, str(work / "inputs.npz"), str(work / "nncf")], check=True)
     for recipe in recipes:
-        if not (work / "engines" / recipe).is_dir():
+        if not (work / "engines" / Path(recipe).stem).is_dir():
             _compile(work, policy, recipe)
 
 
 def _compile(work: Path, policy: Path, recipe: str) -> None:
-    source = policy
+    source, name = policy, Path(recipe).stem
     if recipe != "float":
-        source = work / recipe
+        source = work / name
         if not source.is_dir():
             _quantvla("quantize", "--policy.path", str(policy), "--calib", str(_set(work, policy)),
                       "--frames", "2", "--recipe", recipe, "-o", str(source))  # fmt: skip
-    _quantvla("export", str(source), "-o", str(work / "engines" / recipe))
+    _quantvla("export", str(source), "-o", str(work / "engines" / name))
 
 
 def _set(work: Path, policy: Path) -> Path:
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="chunks a turn")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--recipes", nargs="*", default=["float", "int8", "w4a8-fast"])
+    parser.add_argument("--recipes", nargs="*", default=RECIPES, help="names or .toml files")
     parser.add_argument(
         "--openvino", type=Path, help="Python of an environment with openvino and nncf"
     )

@@ -41,7 +41,7 @@ ROOT = HERE.parents[1]
 TEMPLATE = HERE / "page.md.jinja"
 ORDER = (
     REFERENCE, "rtn-w4a8", "layout-w4a8", "transform-w4a8", "atm-w4a8", "ohb-w4a8", "quantvla-w4a8",
-    "published", "w4a8", "gptq-w4a8", "best-w4a8", "all-w4a8", "smoothquant-w8a8", "awq-w4a16", "int8", "vision8", "w4a8-vision8", "w4a8-fast",
+    "published", "w4a8", "gptq-w4a8", "best-w4a8", "all-w4a8", "smoothquant-w8a8", "awq-w4a16", "int8", "vision8", "w4a8-vision8", "w4a8-fast", "gptq-w4a8-fast",
 )  # fmt: skip
 """The float policy, the ablation of the published method, then the rivals; arms that are not named come last."""
 
