@@ -185,12 +185,12 @@ def show(rows: dict[str, dict[str, Any]], table_of: dict[str, Any]) -> None:
         "prefix ms",
         "step ms",
         "chunk ms",
-        "vs lerobot",
+        "times faster",
         "resident MiB",
         "error",
     ):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    slowest = rows["lerobot eager float32"]["chunk_ms"]
+    slowest = max(row["chunk_ms"] for row in rows.values())
     for name, row in rows.items():
         cells = [f"{row[f'{stage}_ms']:.1f}" for stage in (*STAGES, "chunk")]
         table.add_row(name, *cells, f"{slowest / row['chunk_ms']:.2f}", f"{row['resident_mb']:.0f}", f"{row['error_nrmse']:.1e}")  # fmt: skip
@@ -227,6 +227,17 @@ def versions(openvino: Path | None) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _chosen(found: list[Arm], only: list[str] | None) -> list[Arm]:
+    """Return the arms that were asked for, in the order of the table. Exits if one is unknown."""
+    if only is None:
+        return found
+    if unknown := set(only) - {arm.name for arm in found}:
+        sys.exit(
+            f"--only: no such arm: {', '.join(sorted(unknown))}; known: {', '.join(arm.name for arm in found)}"
+        )
+    return [arm for arm in found if arm.name in (*only, REFERENCE)]
+
+
 def main() -> None:
     """Build what is missing, measure all arms in turns, write JSON and a plot, print tables."""
     parser = argparse.ArgumentParser(
@@ -237,6 +248,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="chunks a turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--recipes", nargs="*", default=RECIPES, help="names or .toml files")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="ARM",
+        help=f"these arms, and {REFERENCE}, which errors are measured against",
+    )
     parser.add_argument(
         "--openvino", type=Path, help="Python of an environment with openvino and nncf"
     )
@@ -251,8 +268,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     build(options.work, SIZES[options.size], options.openvino, options.recipes)
     turns: dict[str, list[dict[str, Any]]] = {}
+    chosen = _chosen(arms(options.work, options.openvino, options.recipes), options.only)
     for _ in range(options.rounds):
-        for arm in arms(options.work, options.openvino, options.recipes):
+        for arm in chosen:
             print(arm.name, end=" ", file=sys.stderr, flush=True)
             found = measure(arm, options.work, options.repeats, options.threads)
             turns.setdefault(arm.name, []).append(found)
