@@ -1,8 +1,11 @@
-"""How close can two programs that compute with the same integers be? Chunks of the engine against three references.
+"""How close can two programs that compute with the same integers be? Chunks of two engines against three references.
 
-    python benchmarks/kernel_fidelity/run.py --engine build/demo/engines/w4a8 --policy.path examples/metaworld/policy
+    quantvla export build/demo/quantized --kernels onnxruntime -o build/engines/w4a8-stock
+    python benchmarks/kernel_fidelity/run.py --engine build/demo/engines/w4a8 --stock build/engines/w4a8-stock \
+        --policy.path examples/metaworld/policy
 
-- engine: ``MatMulNBits``, ONNX Runtime
+- engine: the project's own kernels
+- stock: ``MatMulNBits`` of ONNX Runtime, the same integers
 - operators: the same graphs in ONNX Runtime with every ``MatMulNBits`` written out in standard operators
   (block maximum, rounding, exact integer products in float32, scaling, sum): same float code upstream
 - torch: the reference arithmetic of `quantvla.quantizer` in lerobot's policy
@@ -18,6 +21,7 @@ import argparse
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,13 +57,21 @@ def write_operators(engine: Path, output: Path) -> None:
     manifest = json.loads((output / MANIFEST_FILE).read_text())
     with Policy.from_pretrained(engine) as policy:
         weights = {site.site: site.weight for site in integer_sites(engine, policy.manifest)}
+    replaced = 0
     for stage in manifest["stages"]:
         model = ir.load(engine / stage["file"])
         for node in [node for node in model.graph if node.op_type == "MatMulNBits"]:
             write_out_(model, node, weights[site_name(node)])
+            replaced += 1
         RemoveUnusedNodesPass()(model)
         save_graph(model, output / stage["file"])
-    manifest["files"] = {name: sha256_file(output / name) for name in manifest["files"]}
+    if replaced != len(weights):
+        sys.exit(
+            f"--stock {engine}: {replaced} of {len(weights)} linears are MatMulNBits; export it with --kernels onnxruntime"
+        )
+    loop = manifest.pop("loop")  # the graph of all steps still has the kernels
+    kept = [name for name in manifest["files"] if not name.startswith(f"{loop['name']}.")]
+    manifest["files"] = {name: sha256_file(output / name) for name in kept}
     (output / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
@@ -143,6 +155,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engine", type=Path, required=True, help="W4A8 engine of the policy")
+    parser.add_argument("--stock", type=Path, required=True, help="its --kernels onnxruntime twin")
     parser.add_argument("--policy.path", dest="policy", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -153,10 +166,13 @@ def main() -> None:
     source = bundled_set(manifest.cameras, manifest.state)
     heldout = limit(source, heldout_frames=arguments.frames, seed=arguments.seed).part("heldout")
     frames = [frame.observation for frame in heldout]
-    chunks = {"engine": engine_chunks(arguments.engine, frames, arguments.seed)}
+    chunks = {
+        name: engine_chunks(path, frames, arguments.seed)
+        for name, path in (("engine", arguments.engine), ("stock", arguments.stock))
+    }
     with TemporaryDirectory() as work:
         operators = Path(work) / "operators"
-        write_operators(arguments.engine, operators)
+        write_operators(arguments.stock, operators)
         chunks["operators"] = engine_chunks(operators, frames, arguments.seed)
     loaded = load_policy(arguments.policy)
     exact = torch_chunks(loaded, frames, arguments.seed)
