@@ -79,7 +79,7 @@ def _draw_error(axes: Axes, result: Comparison) -> None:
     else:
         axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_xlabel("paired action error, relative RMS, % (marks: by dimension)")
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.legend(fontsize=7, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _draw_ratio(axes: Axes, result: Comparison) -> None:
