@@ -19,6 +19,7 @@ from quantvla.calib_sets.card import (
     RobotSpec,
     Selection,
     SetSource,
+    change_card,
     make_card,
     subset_checksum,
 )
@@ -211,22 +212,19 @@ def select(calibration: CalibrationSet, selection: Selection) -> CalibrationSet:
         rows += balanced(candidates, count, selection.seed)
     rows.sort(key=lambda row: (entries[row].episode, entries[row].frame))
     chosen = calibration._rows(rows)
-    card = calibration.card
-    new = make_card(
-        card.name,
-        source=card.source,
-        robot=card.robot,
-        split=card.split,
+    card, measured = (
+        calibration.card,
+        Motion(stride=selection.stride, min_motion=selection.min_motion),
+    )
+    new = change_card(
+        card,
+        f"{card.name} after dropping idle frames",
         selection=selection,
-        motion=Motion(stride=selection.stride, min_motion=selection.min_motion)
-        if fresh
-        else card.motion,
-        tasks=card.tasks,
+        motion=measured if fresh else card.motion,
         frames=tuple(
             msgspec.structs.replace(entry, motion=moved[row])
             for entry, row in zip(chosen.entries, rows, strict=True)
         ),
-        where=f"{card.name} after dropping idle frames",
     )
     return replace(chosen, card=new, entries=new.frames)
 
@@ -252,20 +250,14 @@ def of_tasks(calibration: CalibrationSet, tasks: Collection[str]) -> Calibration
     chosen = calibration._rows(
         [row for row, entry in enumerate(entries) if known[entry.task] in kept]
     )
-    card = calibration.card
-    new = make_card(
-        card.name,
-        source=card.source,
-        robot=card.robot,
-        split=card.split,
-        selection=card.selection,
-        motion=card.motion,
+    new = change_card(
+        calibration.card,
+        f"{calibration.card.name} of {len(kept)} tasks",
         tasks=kept,
         frames=tuple(
             msgspec.structs.replace(entry, task=kept.index(known[entry.task]))
             for entry in chosen.entries
         ),
-        where=f"{card.name} of {len(kept)} tasks",
     )
     return replace(chosen, card=new, entries=new.frames)
 

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -154,6 +154,22 @@ def make_card(
     )
     check_card(card, where)
     return card
+
+
+def change_card(card: Card, where: object, **changes: Any) -> Card:
+    """Return ``card`` with some of its fields changed, episodes and checksum made anew, checked."""
+    new = msgspec.structs.replace(card, **changes)
+    return make_card(
+        new.name,
+        source=new.source,
+        robot=new.robot,
+        split=new.split,
+        selection=new.selection,
+        motion=new.motion,
+        tasks=new.tasks,
+        frames=new.frames,
+        where=where,
+    )
 
 
 def check_card(card: Card, where: object) -> None:

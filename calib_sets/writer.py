@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from quantvla.calib_sets.calibration_set import CalibrationSet, select
-from quantvla.calib_sets.card import Card, ImageFile, RobotSpec, Selection, make_card
+from quantvla.calib_sets.card import Card, ImageFile, RobotSpec, Selection, change_card
 from quantvla.calib_sets.card_file import CARD_FILE, encode_card
 from quantvla.calib_sets.images import SUFFIX, ImageFormat, encode_image
 from quantvla.calib_sets.stored import open_stored
@@ -79,18 +79,12 @@ def with_images(
     frames: CalibrationSet, images: list[dict[str, ImageFile]], name: str, where: object
 ) -> Card:
     """Return the card of ``frames`` with their pictures, checked, under ``name``."""
-    card = frames.card
-    return make_card(
-        name,
-        source=card.source,
-        robot=card.robot,
-        split=card.split,
-        selection=card.selection,
-        motion=card.motion,
-        tasks=card.tasks,
+    return change_card(
+        frames.card,
+        where,
+        name=name,
         frames=tuple(
             msgspec.structs.replace(entry, images=files)
             for entry, files in zip(frames.entries, images, strict=True)
         ),
-        where=where,
     )

@@ -27,7 +27,7 @@ def test_the_trained_policy_compiles_passes_and_acts(tmp_path: Path) -> None:
     quantized, engine = tmp_path / "quantized", tmp_path / "engine"
     run("quantize", "--policy.path", POLICY, "--calib", SET, "--frames", 9, "--recipe", "layout-w4a8", "-o", quantized)  # fmt: skip
     run("export", quantized, "-o", engine)
-    found = json.loads(run("verify", engine, "--policy.path", POLICY, "--frames", 4, "--json").stdout)  # fmt: skip
+    found = json.loads(run("verify", engine, "--policy.path", POLICY, "--quantized", quantized, "--frames", 4, "--json").stdout)  # fmt: skip
     assert found["pass"] and 0.001 < found["quantization"]["nrmse"] < 0.3
     outcome = json.loads(run("eval", f"w4a8={engine}", "--tasks", "drawer-close-v3,window-open-v3", "--episodes", 2, "-o", tmp_path / "eval", "--json").stdout)  # fmt: skip
     assert outcome["arms"]["w4a8"]["successes"] >= 3
