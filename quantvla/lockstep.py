@@ -35,6 +35,8 @@ from quantvla.staged import (
     without_padding,
 )
 
+KEPT_BYTES = 2 << 30
+"""Float weights of finished integers in memory; those beyond are made again in every call."""
 LEAST_ATTENTION = 0.05
 """A token counts at least this share of the mean, so that moments keep their rank."""
 
@@ -77,6 +79,7 @@ class Lockstep:
         self._stage_of = {site.name: site.stage for site in loaded.sites}
         self._frames: list[_Frame] = []
         self._simulated: dict[str, SimulatedLinear] = {}
+        self._kept_bytes = 0
         self._corrected = 0
 
     def forget_(self) -> None:
@@ -85,7 +88,7 @@ class Lockstep:
 
     def corrected_(self) -> None:
         """Forget what the student showed: a correction changed it."""
-        self._simulated = {}
+        self._simulated, self._kept_bytes = {}, 0
         self._corrected += 1
 
     def calls(self, stage: str, what: str, first: int | None = None) -> Iterator[Call]:
@@ -185,11 +188,18 @@ class Lockstep:
         finished = [s for s in self._sites if s in self._weights and s not in leave_float]
         for site in finished:
             if site not in self._simulated:
-                bias: Any = self._loaded.policy.get_submodule(site).bias
-                self._simulated[site] = SimulatedLinear(self._weights.get(site), bias)
+                self._simulated[site] = self._simulate(site)
         modules: dict[str, nn.Module] = {site: self._simulated[site] for site in finished}
         with replaced(self._loaded.policy, modules):
             yield
+
+    def _simulate(self, site: str) -> SimulatedLinear:
+        bias: Any = self._loaded.policy.get_submodule(site).bias
+        weight = self._weights.get(site)
+        size = weight.codes.numel() * torch.float32.itemsize
+        kept = self._kept_bytes + size <= KEPT_BYTES
+        self._kept_bytes += size if kept else 0
+        return SimulatedLinear(weight, bias, kept=kept)
 
 
 def _keep_state(states: list[NDArray[np.float32]], x: NDArray[np.float32], _v: object) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 
 from quantvla.calib_sets import CalibrationSet
 from quantvla.calibrate import frame_noise
@@ -20,7 +19,7 @@ from quantvla.passes import EquivalencePass, Pass
 from quantvla.passes.base import Equivalence, Fold, PassReport, Subject
 from quantvla.progress import Progress
 from quantvla.runtime.errors import QuantVLAError, explain
-from quantvla.runtime.files import atomic_file, write_atomic
+from quantvla.runtime.files import write_atomic
 from quantvla.staged import make_preprocessor, prepare, run_context, sample
 from quantvla.weight_store import DirectoryStore
 
@@ -90,14 +89,15 @@ class Pipeline:
     def _one(self, step: Pass, directory: Path) -> PassReport:
         floats, report_file = self.subject.floats, directory / "report.json"
         floats.correcting = step.phase == "correction"
-        floats_file = directory / "floats.safetensors"
         finished = report_file.is_file()
         if not finished and step.phase != "rounding":
             shutil.rmtree(
                 directory, ignore_errors=True
             )  # a half-done correction would be done twice
         self.store.open_folder(directory / "weights")
+        floats.open_folder(directory / "floats")
         if finished:
+            floats.reopen_()
             report = msgspec.json.decode(report_file.read_bytes(), type=PassReport)
         else:
             report = (
@@ -105,15 +105,13 @@ class Pipeline:
                 if isinstance(step, EquivalencePass)
                 else step(self.subject, self.progress)
             )
-            with atomic_file(floats_file) as partial:
-                save_file(floats.commit(), partial)
+            floats.commit()
             write_atomic(report_file, msgspec.json.encode(report))
             shutil.rmtree(self.subject.scratch, ignore_errors=True)
-        changed = load_file(floats_file)
-        floats.load_(changed)
+        floats.drop_hidden()
         if step.phase == "correction":
             self.observer.corrected()
-        elif changed:
+        elif floats.changed():
             self.observer.floats_changed()
         return report
 

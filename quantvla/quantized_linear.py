@@ -36,18 +36,23 @@ def integer_weights(policy: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 class SimulatedLinear(nn.Module):
-    """The same numbers as `QuantizedLinear` up to float32 rounding, in one float product: for calibration."""
+    """The same numbers as `QuantizedLinear` up to float32 rounding, in one float product: for calibration.
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    ``kept``: the float weight stays in memory; else every call makes it of the integers.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, *, kept: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+        self.weight = nn.Parameter(weight.dequantize() if kept else torch.empty(0), False)
         self.bias = bias
         self.out_features, self.in_features = weight.codes.shape
+        self._codes = None if kept else weight
         self._block, self._inputs, self._static = weight.block, weight.inputs, weight.static
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self._codes is None else self._codes.dequantize()
         rows = self._represented(x.reshape(-1, x.shape[-1]))
-        return functional.linear(rows, self.weight, self.bias).view(*x.shape[:-1], -1)
+        return functional.linear(rows, weight, self.bias).view(*x.shape[:-1], -1)
 
     def _represented(self, rows: Tensor) -> Tensor:
         if self._static is not None:

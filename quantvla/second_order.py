@@ -29,9 +29,14 @@ class SecondOrder:
 
 
 def damped(moments: Tensor, damp: float) -> Tensor:
-    """Return ``moments`` (in, in) with ``damp`` times their mean diagonal added to it."""
-    diagonal = moments.diagonal().mean().clamp_min(1e-12) * damp
-    return moments + diagonal * torch.eye(len(moments), dtype=moments.dtype)
+    """Return a copy of ``moments`` (in, in) with ``damp`` times their mean diagonal added to it."""
+    found = moments.clone()
+    found.diagonal().add_(_share(moments, damp))
+    return found
+
+
+def _share(moments: Tensor, damp: float) -> Tensor:
+    return moments.diagonal().mean().clamp_min(1e-12) * damp
 
 
 def corrected_target(weight: Tensor, student: Tensor, cross: Tensor, damp: float) -> Tensor:
@@ -42,11 +47,9 @@ def corrected_target(weight: Tensor, student: Tensor, cross: Tensor, damp: float
     layers into account (the idea of GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695).
     ``damp`` pulls V towards W where inputs hardly vary.
     """
-    diagonal = student.diagonal().mean().clamp_min(1e-12) * damp
-    identity = diagonal * torch.eye(len(student), dtype=student.dtype)
-    corrected: Tensor = torch.linalg.solve(
-        student + identity, weight.double() @ (cross + identity), left=False
-    )
+    weight = weight.double()
+    wanted = weight @ cross + _share(student, damp) * weight
+    corrected: Tensor = torch.linalg.solve(damped(student, damp), wanted, left=False)
     return corrected
 
 

@@ -84,8 +84,8 @@ class InputMoments:
     def add_(self, x: Tensor, t: Tensor, weights: Tensor | None = None) -> None:
         """Account for one call's inputs (tokens, in), of student and teacher; weights: (tokens,)."""
         weighted = x if weights is None else x * weights[:, None]
-        self.student += (x.t() @ weighted).double()
-        self.cross += (t.t() @ weighted).double()
+        self.student += x.t() @ weighted
+        self.cross += t.t() @ weighted
         self.tokens += x.shape[0]
 
 

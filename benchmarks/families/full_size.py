@@ -11,7 +11,6 @@ adds a line to ``benchmarks/families/full_size.json``. Memory is what the proces
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from quantvla.quantize import quantize
 from quantvla.recipe import read_recipe
 from quantvla.runtime.files import write_atomic
 from quantvla.runtime.policy import Policy
+from quantvla.tensor_file import header
 from quantvla.testing import groot, pi
 from quantvla.testing.statistics import random_statistics
 
@@ -97,18 +97,11 @@ def make_groot(directory: Path) -> nn.Module:
 def write_weights(policy: nn.Module, path: Path, seed: int = 0) -> None:
     """Write random float32 weights of every parameter, one at a time, in the safetensors format."""
     shapes = {name: tuple(value.shape) for name, value in policy.named_parameters()}
-    header: dict[str, Any] = {}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
     generator = np.random.default_rng(seed)
     with path.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.write(header(shapes))
         for name, shape in shapes.items():
-            stream.write(random_weight(generator, name, shape).tobytes())
+            stream.write(random_weight(generator, name, shape).data)
 
 
 def random_weight(

@@ -112,5 +112,4 @@ def _rows_(subject: Subject, module: str, order: Tensor) -> None:
 
 
 def _columns_(subject: Subject, module: str, order: Tensor) -> None:
-    name = f"{module}.weight"
-    subject.floats.put_(name, subject.floats.get(name)[:, order])
+    subject.floats.change_rows_(f"{module}.weight", lambda rows: rows[:, order])

@@ -114,15 +114,14 @@ def _rotate_stream_(subject: Subject, stream: Stream, matrix: Tensor) -> None:
     for writer in stream.writers:
         name = f"{writer}.weight"
         if isinstance(subject.policy.get_submodule(writer), nn.Embedding):
-            floats.put_(name, floats.get(name) @ matrix)
+            floats.change_rows_(name, lambda rows: rows @ matrix)
         else:
             floats.put_(name, matrix.t() @ floats.get(name))
             if floats.has(f"{writer}.bias"):
                 floats.put_(f"{writer}.bias", floats.get(f"{writer}.bias") @ matrix)
     for norm in subject.structure.norms:
         for site in norm.readers if norm.name in stream.norms else ():
-            name = f"{site}.weight"
-            floats.put_(name, floats.get(name) @ matrix)
+            floats.change_rows_(f"{site}.weight", lambda rows: rows @ matrix)
 
 
 def _rotate_values_(subject: Subject, heads: ValueHeads, matrix: Tensor) -> None:

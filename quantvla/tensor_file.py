@@ -1,0 +1,53 @@
+"""One float32 tensor a file, in the safetensors format, written a part at a time and read as pages of the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+SUFFIX = ".safetensors"
+_ALIGNMENT = 64
+"""Bytes: where tensors begin in memory changes how products are summed, so it is the same for every file."""
+
+
+def header(shapes: Mapping[str, Sequence[int]]) -> bytes:
+    """Return what a safetensors file of float32 tensors of these shapes begins with; their values follow in order."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def write_parts(path: Path, name: str, shape: Sequence[int], parts: Iterable[Tensor]) -> Tensor:
+    """Write a tensor whose leading rows come in ``parts``, and return it as `read` does.
+
+    Replaces what is at ``path``; who has that mapped keeps it. The file is whole when it gets its name, and on
+    disk when it is flushed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as stream:
+        stream.write(header({name: shape}))
+        for part in parts:
+            stream.write(part.detach().float().contiguous().numpy().data)
+    partial.replace(path)
+    return read(path)
+
+
+def read(path: Path) -> Tensor:
+    """Return the tensor of a file, as its pages: memory that the system can drop and read again."""
+    (value,) = load_file(path).values()
+    return value
+
+
+def name_of(path: Path) -> str:
+    """Return the name of the tensor that a file is named after."""
+    return path.name.removesuffix(SUFFIX)
