@@ -19,6 +19,7 @@ UINT8_MAX = 255
 _SCALE_CANDIDATES = 48
 _SMALLEST_RATIO = 0.5
 _REFITS = 2
+_SEARCHED_AT_A_TIME = 1 << 20  # weights, so that what a candidate needs stays in the cache
 _TINY = 2.0**-24  # the smallest positive half-precision number
 
 
@@ -92,9 +93,19 @@ def block_scales(
     ``sum_k importance_k (w_k - s q_k)^2`` with ``importance``: (in,) the second moment E[x_k^2] of
     the input channel (all ones when absent). Without ``search`` it is the covering scale itself.
     """
-    rows, columns = weight.shape
-    blocks = weight.detach().float().view(rows, columns // block, block)
+    columns = weight.shape[1]
     importance = torch.ones(columns) if importance is None else importance.float()
+    parts = torch.split(
+        weight.detach(), max(1, _SEARCHED_AT_A_TIME // columns)
+    )  # rows are independent
+    return torch.cat([_block_scales(part, bits, block, importance, search) for part in parts])
+
+
+def _block_scales(
+    weight: Tensor, bits: int, block: int, importance: Tensor, search: bool
+) -> Tensor:
+    rows, columns = weight.shape
+    blocks = weight.float().view(rows, columns // block, block)
     largest = blocks.abs().amax(-1) / (2 ** (bits - 1) - 1)
     candidates = _ScaleSearch(blocks, importance.view(1, columns // block, block), bits)
     smallest, count = (_SMALLEST_RATIO, _SCALE_CANDIDATES) if search else (1.0, 1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantvla import quantizer
 from quantvla.quantizer import (
     integer_linear,
     pack_codes,
@@ -162,3 +163,13 @@ def test_eight_bit_weights_are_at_least_ten_times_nearer_than_four_bit_ones() ->
         float((weight - quantize_weight(weight, b, 32).dequantize()).norm()) for b in (4, 8)
     )
     assert eight * 10 < four
+
+
+def test_scales_do_not_depend_on_how_many_rows_are_searched_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, importance = random(37, 64), random(64, seed=1).abs()
+    expected = quantize_weight(weight, 4, 16, importance)
+    monkeypatch.setattr(quantizer, "_SEARCHED_AT_A_TIME", 5 * 64)
+    found = quantize_weight(weight, 4, 16, importance)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
