@@ -31,6 +31,7 @@ FLOAT_ACCURACY_LEVEL = 1  # MatMulNBits: inputs stay float32
 NATIVE_DOMAIN = "quantvla"
 INTEGER_LINEAR = Kernel("IntegerLinear", weight=1, scales=2, bias=3)
 KERNELS = {kernel.operator: kernel for kernel in (MATMUL_NBITS, DYNAMIC_MATMUL, INTEGER_LINEAR)}
+ATTENTION = "Attention"
 OTHER_INPUT = 4  # of IntegerLinear: what `Combine` adds or multiplies
 
 

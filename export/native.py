@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from quantvla.export.kernels import (
+    ATTENTION,
     INTEGER_LINEAR,
     MATMUL_NBITS,
     NATIVE_DOMAIN,
@@ -156,7 +157,7 @@ def fuse_attention_(model: ir.Model) -> int:
             continue
         editor = Editor(model, node)
         result = editor.add(
-            "Attention", [q, k, v, bias] if bias is not None else [q, k, v],
+            ATTENTION, [q, k, v, bias] if bias is not None else [q, k, v],
             shape=shape_of(node.outputs[0]), domain=NATIVE_DOMAIN, num_heads=heads,
             scale=node.attributes["scale"].as_float(),
         )  # fmt: skip

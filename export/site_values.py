@@ -1,4 +1,4 @@
-"""The inputs and outputs of an engine's integer kernels, as the engine computes them."""
+"""The inputs and outputs of an engine's integer kernels and own attentions, as the engine computes them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from quantvla.export.graphs import save_graph
 from quantvla.export.kernels import (
+    ATTENTION,
     INTEGER_LINEAR,
     KERNELS,
+    NATIVE_DOMAIN,
     OTHER_INPUT,
     Activation,
     Combine,
@@ -42,6 +44,33 @@ class SiteValues:
 
 
 @dataclass(frozen=True)
+class AttentionValues:
+    """What went into one attention of the project's own and what came out.
+
+    ``q`` (batch, queries, heads * dim), ``k`` and ``v`` (batch, keys, heads * dim), ``bias`` (1 or batch, 1 or
+    heads, queries, keys) added to the scaled scores; ``out`` like ``q``.
+    """
+
+    q: NDArray[np.float32]
+    k: NDArray[np.float32]
+    v: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    out: NDArray[np.float32]
+    heads: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class _AttentionNames:
+    """An attention's values by their names in the graph: ``inputs`` are q, k, v and the bias, if there is one."""
+
+    inputs: tuple[str, ...]
+    out: str
+    heads: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class _Names:
     """A kernel's values by their names in the graph."""
 
@@ -54,12 +83,13 @@ class _Names:
 
 
 class Probe:
-    """Runs a stage's graph with the inputs and outputs of its integer kernels as extra outputs."""
+    """Runs a stage's graph with the inputs and outputs of its integer kernels and own attentions as extra outputs."""
 
     def __init__(self, directory: Path, stage: StageSpec) -> None:
         model = ir.load(directory / graph_file(stage))
         self._inputs = [spec.name for spec in stage.inputs]
         self._sites: list[_Names] = []
+        self._attentions: list[_AttentionNames] = []
         outputs: dict[str, ir.Value] = {}
         for node in model.graph:
             if node.op_type in KERNELS:
@@ -67,6 +97,10 @@ class Probe:
                 other = node.inputs[OTHER_INPUT] if _combines(node) else None
                 outputs |= {value.name: value for value in (x, y, other) if value and value.name}
                 self._sites.append(_names(node, x, y, other))
+            elif (node.domain, node.op_type) == (NATIVE_DOMAIN, ATTENTION):
+                values = [value for value in (*node.inputs, node.outputs[0]) if value is not None]
+                outputs |= {value.name: value for value in values if value.name}
+                self._attentions.append(_attention_names(node))
         for value in outputs.values():
             value.type = ir.TensorType(ir.DataType.FLOAT)
         model.graph.outputs.extend(outputs.values())
@@ -77,8 +111,10 @@ class Probe:
             )
         self._names = list(outputs)
 
-    def __call__(self, tensors: Mapping[str, NDArray[Any]]) -> Iterator[SiteValues]:
-        """Yield the values of every integer kernel for these stage inputs."""
+    def __call__(
+        self, tensors: Mapping[str, NDArray[Any]]
+    ) -> Iterator[SiteValues | AttentionValues]:
+        """Yield the values of every integer kernel and own attention for these stage inputs."""
         if not self._names:
             return
         feed = {name: tensors[name] for name in self._inputs}
@@ -89,10 +125,22 @@ class Probe:
             yield SiteValues(
                 names.site, known[names.x], known[names.y], names.activation, names.combine, other
             )
+        for own in self._attentions:
+            q, k, v, *bias = (known[name] for name in own.inputs)
+            yield AttentionValues(
+                q, k, v, bias[0] if bias else None, known[own.out], own.heads, own.scale
+            )
 
 
 def _combines(node: ir.Node) -> bool:
     return node.op_type == INTEGER_LINEAR.operator and len(node.inputs) > OTHER_INPUT
+
+
+def _attention_names(node: ir.Node) -> _AttentionNames:
+    names = [value.name for value in (*node.inputs, node.outputs[0]) if value is not None]
+    *inputs, out = (name or "" for name in names)
+    heads, scale = node.attributes["num_heads"].as_int(), node.attributes["scale"].as_float()
+    return _AttentionNames(tuple(inputs), out, heads, scale)
 
 
 def _names(node: ir.Node, x: ir.Value | None, y: ir.Value, other: ir.Value | None) -> _Names:

@@ -2,12 +2,13 @@
 
 - parity: float engine against lerobot's own policy; what lowering and the runtime add
 - kernel: every integer kernel against the reference arithmetic on the same integers and the same
-  input; what the kernels add. Whole chunks are compared too, where the quantized checkpoint is given
+  input; what the kernels add. Own attentions too, whose products may be of bfloat16 numbers. Whole chunks are compared too, where the quantized checkpoint is given
   (its float rest may carry folds), but there a float difference of 1e-6 upstream moves some
   activations to the neighbouring int8 code, in any two correct programs (benchmarks/kernel_fidelity), so
   that the bound on chunks is a share of the quantization error, or the bound of a kernel on their relative
   RMS, or twice what the engine's own velocities change by when its inputs change in the last bits: with
-  8-bit weights rounding activations is most of the quantization error, and no share of it.
+  8-bit weights rounding activations is most of the quantization error, and no share of it. The reference's attention
+  is float32's, so the engine's is here too; what bfloat16 products change is told beside it and is part of quantization.
 - quantization: engine against the float policy; what the integers cost
 - loop: the chunk as the robot gets it, all steps in one call, against the one sampled step by step, which the
   other parts look at; on the first frames
@@ -46,7 +47,7 @@ from quantvla.fidelity.action_error import (
     relative_rms,
     velocity_error,
 )
-from quantvla.fidelity.kernels import kernel_errors
+from quantvla.fidelity.kernels import CallErrors, kernel_errors
 from quantvla.fidelity.trajectories import (
     Frame,
     Trajectory,
@@ -57,6 +58,7 @@ from quantvla.fidelity.trajectories import (
 )
 from quantvla.float_policy import FloatPolicy
 from quantvla.progress import Progress
+from quantvla.runtime import kernels
 from quantvla.runtime.backend import UNFUSED
 from quantvla.runtime.errors import explain
 from quantvla.runtime.files import sha256_file, sha256_tree
@@ -137,7 +139,8 @@ def verify(
             schedule_nrmse = relative_rms(found, np.stack(exact), axes=(0, 1, 2))[0]
             exact = [t.chunk for t in floats]
         teacher = engine_velocities(policy, frames, floats, "engine, teacher-forced", progress)
-        integer, noise_floor = None, None
+        calls = kernel_errors(engine, policy, integers, frames, ours, progress)
+        integer, noise_floor, compared = None, None, ours
         if not on_gpu and (quantized is not None or not integers):
             same = (
                 reference
@@ -145,9 +148,12 @@ def verify(
                 else resampled(_same_integers(engine, quantized, integers), manifest.sampler)
             )
             integer = staged_trajectories(same, frames, noises, "integer reference", progress)
-            if integers:
-                noise_floor = rounding_response(policy, frames, integer, seed, progress)
-        kernels = kernel_errors(engine, policy, integers, frames, ours, progress)
+            with kernels.float_attention():
+                if calls.attentions and kernels.BFLOAT16 in kernels.available().attention:
+                    what = "engine, float32 attention"
+                    compared = engine_trajectories(policy, frames, noises, what, progress)
+                if integers:
+                    noise_floor = rounding_response(policy, frames, integer, seed, progress)
     gripper = _gripper(heldout, manifest)
     quantization = _quantization_error(
         ours, exact, floats, teacher, manifest.action.execute, gripper
@@ -155,7 +161,7 @@ def verify(
     kernel = (
         KernelError(None, None, None, None)
         if on_gpu
-        else _kernel_error(ours, integer, kernels, quantization, noise_floor)
+        else _kernel_error(ours, compared, integer, calls, quantization, noise_floor)
     )
     memory = _target_memory(engine, loaded) if on_gpu else _memory(integers)
     failed = _failed(parity, loop, kernel, quantization, thresholds)
@@ -212,6 +218,7 @@ def _failed(
         "parity": parity.max_abs <= limits.parity,
         "loop": loop is None or loop <= limits.parity,
         "kernel": kernel.max_abs is None or kernel.max_abs <= limits.kernel,
+        "attention": (kernel.attention_max_abs or 0.0) <= limits.attention,
         "kernel chunks": kernel.chunk_limits_kept(limits) != (),
         "quantization": quantization.cosine_mean >= limits.cosine_mean,
     }
@@ -274,23 +281,29 @@ def _lerobot_chunks(
 
 def _kernel_error(
     ours: Sequence[Trajectory],
+    compared: Sequence[Trajectory],
     integer: Sequence[Trajectory] | None,
-    kernels: Sequence[float],
+    calls: CallErrors,
     quantization: QuantizationError,
     noise_floor: RoundingResponse | None,
 ) -> KernelError:
+    attention = max(calls.attentions, default=None)
     if integer is None:
-        return KernelError(max(kernels), None, None, None)
-    chunks, reference = np.stack([t.chunk for t in ours]), np.stack([t.chunk for t in integer])
+        return KernelError(max(calls.linears), None, None, None, attention_max_abs=attention)
+    as_run, chunks, reference = (
+        np.stack([t.chunk for t in found]) for found in (ours, compared, integer)
+    )
     chunk_max = float(np.abs(chunks - reference).max())
     nrmse = relative_rms(chunks, reference, axes=(0, 1, 2))[0]
     return KernelError(
-        max_abs=max(kernels, default=chunk_max),
+        max_abs=max(calls.linears, default=chunk_max),
         chunk_max_abs=chunk_max,
         chunk_nrmse=nrmse,
-        share=nrmse / max(quantization.nrmse, 1e-12) if kernels else None,
+        share=nrmse / max(quantization.nrmse, 1e-12) if calls.linears else None,
         velocity_nrmse=None if noise_floor is None else noise_floor.reference_nrmse,
         rounding_nrmse=None if noise_floor is None else noise_floor.rounding_nrmse,
+        attention_max_abs=attention,
+        bfloat16_nrmse=relative_rms(as_run, chunks, axes=(0, 1, 2))[0] or None,
     )
 
 

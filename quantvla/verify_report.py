@@ -10,12 +10,14 @@ from quantvla.fidelity.action_error import ActionError
 class Thresholds(msgspec.Struct, frozen=True):
     """What counts as passed. Cosine only catches broken engines; success in closed loop decides.
 
+    ``attention`` is the step of bfloat16 above 1: what a share of attention near a rounding boundary moves by.
     Whole chunks pass with a ``share`` of at most ``kernel_share``, a ``chunk_nrmse`` of at most ``kernel``
     or a ``velocity_nrmse`` of at most ``rounding`` times ``rounding_nrmse``: one of these is enough.
     """
 
     parity: float = 1e-4
     kernel: float = 1e-3
+    attention: float = 2.0**-7
     kernel_share: float = 0.2
     cosine_mean: float = 0.98
     rounding: float = 2.0
@@ -35,12 +37,15 @@ class KernelError(msgspec.Struct, frozen=True):
 
     ``max_abs``: largest difference of a kernel's output on the same input, over the largest
     magnitude of that output (of a float engine's normalized action), null for a GPU target, whose
-    kernels are not run. ``chunk_max_abs``,
+    kernels are not run. ``attention_max_abs``: the same of own attentions, against their reference arithmetic, null
+    where there are none. ``chunk_max_abs``,
     ``chunk_nrmse``: of whole normalized chunks, each program with its own roundings;
+    the engine's attentions multiply float32 numbers in it as the reference's do;
     ``share``: ``chunk_nrmse`` over the quantization error. ``velocity_nrmse``: of the velocities at the
     states of the reference's chunks, so that errors do not add up over denoise steps;
     ``rounding_nrmse``: of the engine's own velocities there when its inputs change in the last bits,
-    which is what correct programs may differ by. Null where chunks were not compared.
+    which is what correct programs may differ by. ``bfloat16_nrmse``: of whole chunks with the attentions as they run
+    here to those with float32 products, null where they are the same. Null where chunks were not compared.
     """
 
     max_abs: float | None
@@ -49,6 +54,8 @@ class KernelError(msgspec.Struct, frozen=True):
     share: float | None
     velocity_nrmse: float | None = None
     rounding_nrmse: float | None = None
+    attention_max_abs: float | None = None
+    bfloat16_nrmse: float | None = None
 
     def chunk_limits_kept(self, limits: Thresholds) -> tuple[str, ...] | None:
         """Return the names of the limits on whole chunks that are kept; None where none applies."""
@@ -75,7 +82,7 @@ class QuantizationError(ActionError, frozen=True, kw_only=True):
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     """The result of a verification.
 
-    ``failed``: the parts beyond their thresholds (``parity``, ``loop``, ``kernel``, ``kernel
+    ``failed``: the parts beyond their thresholds (``parity``, ``loop``, ``kernel``, ``attention``, ``kernel
     chunks``, ``quantization``). ``loop``: largest difference between a chunk sampled in one call and the same chunk
     sampled step by step, over the largest action, by the limit of ``parity``; null for an
     engine without a graph of all steps. ``chunk_limits_kept``: which of ``kernel_share``, ``kernel`` and ``rounding``

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,33 @@ def tiny_float_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint:
     output = tmp_path_factory.mktemp("engines") / "float"
     export_engine(tiny_checkpoint, "cpu", output)
     return output
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A checkpoint and what the compiler makes of it."""
+
+    checkpoint: Path
+    quantized: Path
+    engine: Path
+
+
+@pytest.fixture(scope="session")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory, tiny_set: Path) -> Compiled:
+    """A tiny policy whose attentions are wide enough for the project's own kernels, w4a8."""
+    from quantvla.calib_sets import open_set
+    from quantvla.export.engine import export_engine
+    from quantvla.quantize import quantize
+    from quantvla.recipe import read_recipe
+    from quantvla.testing.smolvla import SmolVLASize, write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("wide_heads")
+    made = Compiled(folder / "policy", folder / "quantized", folder / "engine")
+    write_random_checkpoint(made.checkpoint, SmolVLASize(heads=2, key_value_heads=1, head_dim=32))
+    calibration = open_set(tiny_set).part("calibration")
+    quantize(made.checkpoint, calibration, read_recipe("w4a8"), made.quantized)
+    export_engine(made.quantized, "cpu", made.engine)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,10 @@ import msgspec
 import numpy as np
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from transformers import PreTrainedTokenizerFast
 
 from quantvla.families import load_policy
+from quantvla.families.lerobot_interface import TOKENIZER_DIRECTORY
 from quantvla.float_policy import FloatPolicy
 from quantvla.runtime.files import write_atomic
 from quantvla.runtime.machine import memory, physical_cores, processor
@@ -59,6 +61,7 @@ def bfloat16_policy(checkpoint: Path) -> tuple[FloatPolicy, str]:
     if loaded.family == "groot":
         policy.config.use_bf16 = True
         model = policy._groot_model.to(torch.bfloat16)
+        use_tokens(model.backbone.model.config, checkpoint / TOKENIZER_DIRECTORY)
         for config in (
             model.backbone.model.config.text_config,
             model.backbone.language_model.config,
@@ -71,6 +74,14 @@ def bfloat16_policy(checkpoint: Path) -> tuple[FloatPolicy, str]:
         policy.config.dtype = "bfloat16"
         policy.model.paligemma_with_expert.to_bfloat16_for_selected_params("bfloat16")
     return FloatPolicy(loaded), loaded.family
+
+
+def use_tokens(config: Any, directory: Path) -> None:
+    """Tell a vision-language model's configuration what the random checkpoint's small tokenizer calls an image."""
+    number = PreTrainedTokenizerFast.from_pretrained(directory).convert_tokens_to_ids
+    config.image_token_id, config.video_token_id = number("<|image_pad|>"), number("<|video_pad|>")
+    config.vision_start_token_id = number("<|vision_start|>")
+    config.vision_end_token_id = number("<|vision_end|>")
 
 
 @click.command()

@@ -184,14 +184,9 @@ def run(checkpoint: Path, recipe: str) -> None:
     """Quantize, export and run a chunk; print and keep the figures."""
     kind = policy_type(checkpoint)
     work = checkpoint.with_name(f"{checkpoint.name}-{recipe}")
-    write_frames(work / "frames", kind)
     with measured() as quantized:
-        result = quantize(
-            checkpoint, open_set(work / "frames"), read_recipe(recipe), work / "checkpoint",
-            overwrite=True, progress=_say,
-        )  # fmt: skip
+        plan = quantized_plan(checkpoint, recipe, work / "checkpoint")
     click.echo(f"quantize {quantized()}")
-    plan: Plan = result.plan
     with measured() as exported:
         export_engine(work / "checkpoint", "cpu", work / "engine", overwrite=True, progress=_say)
     click.echo(f"export {exported()}")
@@ -209,6 +204,25 @@ def run(checkpoint: Path, recipe: str) -> None:
     kept = msgspec.json.decode(RESULT.read_bytes(), type=list[Run]) if RESULT.is_file() else []
     kept = [r for r in kept if (r.policy, r.recipe) != (kind, recipe)] + [found]
     write_atomic(RESULT, msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
+
+
+@main.command("quantize")
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--recipe", default="rtn-w4a8", show_default=True)
+def quantize_only(checkpoint: Path, output: Path, recipe: str) -> None:
+    """Quantize, or continue a run that was killed."""
+    quantized_plan(checkpoint, recipe, output)
+
+
+def quantized_plan(checkpoint: Path, recipe: str, output: Path) -> Plan:
+    """Quantize on the random frames and return the plan."""
+    frames = output.with_name("frames")
+    write_frames(frames, policy_type(checkpoint))
+    result = quantize(
+        checkpoint, open_set(frames), read_recipe(recipe), output, overwrite=True, progress=_say
+    )
+    return result.plan
 
 
 def _say(what: str, done: int, total: int) -> None:

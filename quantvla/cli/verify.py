@@ -105,8 +105,18 @@ def _kernel_rows(table: Table, report: VerifyReport, max_abs: float) -> None:
         f"{max_abs:.2e}",
         f"{report.thresholds.kernel:.0e}",
     )
-    table.add_row(*_chunk_row(report))
     kernel, limits = report.kernel, report.thresholds
+    if kernel.attention_max_abs is not None:
+        table.add_row(
+            "  attentions against reference, same input, max",
+            f"{kernel.attention_max_abs:.2e}", f"{limits.attention:.1e}",
+        )  # fmt: skip
+    table.add_row(*_chunk_row(report))
+    if kernel.bfloat16_nrmse is not None:
+        table.add_row(
+            "  (these with float32 attention; bfloat16 attention changes whole chunks by)",
+            f"{kernel.bfloat16_nrmse:.2%}", "",
+        )  # fmt: skip
     if kernel.velocity_nrmse is not None and kernel.rounding_nrmse is not None:
         table.add_row(
             "  velocities at the reference's states / the engine's own, inputs changed in the last bits",

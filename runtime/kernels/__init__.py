@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,6 +64,7 @@ def _load(path: Path, switch: str) -> Kernels:
         library = ctypes.CDLL(str(path))
         for name in ("quantvla_kernels", "quantvla_attention", "quantvla_version"):
             getattr(library, name).restype = ctypes.c_char_p
+        _ = library.quantvla_attention_in_float  # an older library has it not
         return Kernels(
             path,
             linear=library.quantvla_kernels().decode(),
@@ -70,6 +73,28 @@ def _load(path: Path, switch: str) -> Kernels:
         )
     except (OSError, AttributeError) as error:
         return Kernels(None, f"own kernels do not load: {' '.join(str(error).split())}")
+
+
+BFLOAT16 = "bf16"
+"""In the name of attention kernels whose products are of bfloat16 numbers."""
+
+
+@contextmanager
+def float_attention() -> Iterator[None]:
+    """Have own attentions multiply float32 numbers while the block runs, as on a processor that has no others.
+
+    In all engines of the process: for comparisons, not for a robot.
+    """
+    library = available().library
+    if library is None:
+        yield
+        return
+    switch = ctypes.CDLL(str(library)).quantvla_attention_in_float
+    switch(1)
+    try:
+        yield
+    finally:
+        switch(0)
 
 
 def graph_file(stage: StageSpec) -> str:

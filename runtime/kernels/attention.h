@@ -31,8 +31,8 @@ struct AttentionKernels {
   void (*attend)(const Attention&, int index, const void* packed, int begin, int end);
 };
 
-// The fastest that this processor has.
-const AttentionKernels& attention_of_this_processor();
+// The fastest that this processor has; `in_float`: of those that multiply float32 numbers.
+const AttentionKernels& attention_of_this_processor(bool in_float);
 // The one called `name`, null if it is not compiled in or this processor lacks it.
 const AttentionKernels* attention_by_name(const char* name);
 

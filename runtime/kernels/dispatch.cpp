@@ -91,7 +91,11 @@ const Candidate<AttentionKernels>* attention_candidates() {
 
 const Kernels& kernels_of_this_processor() { return best(candidates()); }
 const Kernels* kernels_by_name(const char* name) { return named(candidates(), name); }
-const AttentionKernels& attention_of_this_processor() { return best(attention_candidates()); }
+const AttentionKernels& attention_of_this_processor(bool in_float) {
+  const Candidate<AttentionKernels>* c = attention_candidates();
+  while (in_float && c->set->number_bytes != sizeof(float)) ++c;
+  return best(c);
+}
 const AttentionKernels* attention_by_name(const char* name) { return named(attention_candidates(), name); }
 
 }  // namespace quantvla

@@ -1,5 +1,6 @@
 // The kernels as operators of ONNX Runtime (domain "quantvla"), their loops on its threads, and a plain C entry for tests.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -235,6 +236,9 @@ class IntegerLinear {
   Combine combine_;
 };
 
+// Whether attention multiplies float32 numbers, in all sessions of the process, although the processor has faster products.
+std::atomic<bool> attention_in_float{false};
+
 // Attention(q, k, v, bias?) -> out; attributes num_heads, scale. Shapes as com.microsoft.MultiHeadAttention.
 class AttentionOp {
  public:
@@ -263,7 +267,7 @@ class AttentionOp {
       t.bias_head = bias[1] == 1 ? 0 : plane;
       t.bias_batch = bias[0] == 1 ? 0 : plane * bias[1];
     }
-    run(t, attention_of_this_processor(), [&](size_t count, const auto& body) { context.parallel(count, body); });
+    run(t, attention_of_this_processor(attention_in_float), [&](size_t count, const auto& body) { context.parallel(count, body); });
   }
 
  private:
@@ -341,8 +345,9 @@ QUANTVLA_EXPORT const char* quantvla_kernels() { return quantvla::kernels_of_thi
 // A hash of the sources.
 QUANTVLA_EXPORT const char* quantvla_version() { return QUANTVLA_VERSION; }
 QUANTVLA_EXPORT const char* quantvla_attention() {
-  return quantvla::attention_of_this_processor().name;
+  return quantvla::attention_of_this_processor(quantvla::attention_in_float).name;
 }
+QUANTVLA_EXPORT void quantvla_attention_in_float(int on) { quantvla::attention_in_float = on != 0; }
 
 // One linear layer on one thread with the kernels called `name`; 0, or -1 if this processor lacks them.
 QUANTVLA_EXPORT int quantvla_linear(const char* name, const float* x, int rows, const uint8_t* codes,

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -12,15 +15,17 @@ from quantvla.calib_sets import open_set
 from quantvla.cli.verify import verify as command
 from quantvla.export.engine import export_engine
 from quantvla.export.integers import integer_sites
+from quantvla.fidelity import kernels as fidelity_kernels
 from quantvla.quantize import quantize
 from quantvla.recipe import read_recipe
+from quantvla.runtime import kernels
 from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_file
 from quantvla.runtime.kernels import graph_file
 from quantvla.runtime.manifest import encode_manifest, read_manifest
 from quantvla.testing.smolvla import write_random_checkpoint
 from quantvla.verify import _same_integers, verify
-from quantvla.verify_report import KernelError, Thresholds
+from quantvla.verify_report import KernelError, Thresholds, VerifyReport
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,19 @@ def test_with_8_bit_weights_correct_programs_differ_by_their_roundings(
     assert report.kernel.rounding_nrmse is not None and 0 < report.kernel.rounding_nrmse < 0.05
 
 
+def rewritten(engine: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change the graph of the last stage that runs here, as a defect in a kernel or a rewrite would."""
+    manifest = read_manifest(engine)
+    path = engine / graph_file(manifest.stages[-1])
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    files = {name: sha256_file(engine / name) for name in manifest.files}
+    (engine / "manifest.json").write_bytes(
+        encode_manifest(msgspec.structs.replace(manifest, files=files))
+    )
+
+
 @pytest.mark.parametrize("checkpoint", ["tiny_quantized", "tiny_int8"])
 def test_a_wrong_kernel_is_noticed(
     request: pytest.FixtureRequest,
@@ -97,23 +115,16 @@ def test_a_wrong_kernel_is_noticed(
     tiny_set: Path,
     tmp_path: Path,
 ) -> None:
-    """A bias added to one output, as a defect in a kernel or a rewrite would, must fail verification."""
+    """A bias added to one output must fail verification."""
     engine, quantized = tmp_path / "engine", request.getfixturevalue(checkpoint)
     export_engine(quantized, "cpu", engine)
-    manifest = read_manifest(engine)
-    path = engine / graph_file(manifest.stages[-1])  # the one that runs here
-    model = onnx.load(path)
-    bias = next(t for t in model.graph.initializer if t.name.endswith("action_out_proj.bias"))
-    bias.CopyFrom(
-        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.05), bias.name)
-    )
-    onnx.save(model, path)
-    files = {name: sha256_file(engine / name) for name in manifest.files}
-    import msgspec
 
-    (engine / "manifest.json").write_bytes(
-        encode_manifest(msgspec.structs.replace(manifest, files=files))
-    )
+    def add_to_bias(model: onnx.ModelProto) -> None:
+        bias = next(t for t in model.graph.initializer if t.name.endswith("action_out_proj.bias"))
+        changed = onnx.numpy_helper.to_array(bias) + np.float32(0.05)
+        bias.CopyFrom(onnx.numpy_helper.from_array(changed, bias.name))
+
+    rewritten(engine, add_to_bias)
     report = verify(
         engine,
         tiny_checkpoint,
@@ -124,6 +135,27 @@ def test_a_wrong_kernel_is_noticed(
     assert not report.passed and "kernel chunks" in report.failed
     assert report.chunk_limits_kept == ()
     assert report.kernel.share is not None and report.kernel.share > 0.5
+
+
+@pytest.mark.skipif(kernels.available().library is None, reason="own kernels are not built")
+def test_own_attentions_are_compared_call_by_call_and_in_chunks_with_float_products(
+    wide_heads: Any, tiny_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of bfloat16 are no defect of the integers, a wrong attention is one."""
+
+    def verified() -> VerifyReport:
+        heldout = open_set(tiny_set).part("heldout")
+        made = wide_heads
+        return verify(made.engine, made.checkpoint, heldout, quantized=made.quantized)
+
+    report = verified()
+    has_bfloat16 = kernels.BFLOAT16 in kernels.available().attention
+    assert report.passed and report.kernel.attention_max_abs is not None
+    assert (report.kernel.bfloat16_nrmse is not None) == has_bfloat16
+    assert report.kernel.attention_max_abs < (2**-7 if has_bfloat16 else 1e-5)
+    assert report.kernel.share is not None and report.kernel.share < 0.05
+    monkeypatch.setattr(fidelity_kernels, "attention_difference", lambda *_, **__: 0.01)
+    assert verified().failed == ("attention",)
 
 
 def test_chunks_are_compared_with_the_checkpoint_of_the_same_integers_only(

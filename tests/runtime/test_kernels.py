@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from quantvla.export.panels import from_panels, to_panels
+from quantvla.export.site_values import AttentionValues
+from quantvla.fidelity.attention import attention_difference
 from quantvla.quantizer import integer_linear, pack_codes, quantize_weight, unpack_codes
 from quantvla.runtime import kernels
 from quantvla.runtime.kernels.build import SOURCES, BuildError, build, is_current
+from quantvla.verify_report import DEFAULT_THRESHOLDS
 
 SETS = ("portable", "avx2", "avx512-vnni", "neon-dot", "neon-i8mm")
 needs_compiler = pytest.mark.skipif(
@@ -172,6 +175,11 @@ def test_attention_is_that_of_torch(
     expected = functional.scaled_dot_product_attention(*split, attn_mask=mask[None, None])
     expected = expected.transpose(1, 2).reshape(queries, -1)
     assert np.sqrt(np.mean((out - expected.numpy()) ** 2)) < rms
+    arrays = (t.numpy()[None] for t in (q, k, v, mask[None], torch.from_numpy(out)))
+    values = AttentionValues(*arrays, heads, scale)
+    bfloat16 = kernels.BFLOAT16 in name
+    limit = DEFAULT_THRESHOLDS.attention if bfloat16 else 1e-5
+    assert attention_difference(values, bfloat16=bfloat16) < limit
 
 
 @needs_compiler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,23 @@ def test_both_graphs_are_the_same_policy(
         assert mine.site == theirs.site and mine.stored_bytes == theirs.stored_bytes
         assert (mine.weight.codes == theirs.weight.codes).all()
         assert (mine.weight.scales == theirs.weight.scales).all()
+
+
+@needs_library
+def test_attention_in_float_is_that_of_other_processors(
+    wide_heads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_run = chunk(wide_heads.engine)
+    with kernels.float_attention():
+        in_float = chunk(wide_heads.engine)
+    assert np.array_equal(chunk(wide_heads.engine), as_run)
+    if kernels.BFLOAT16 not in kernels.available().attention:
+        assert np.array_equal(in_float, as_run)
+        return
+    monkeypatch.setenv(kernels.SWITCH, "off")
+    with pytest.warns(RuntimeWarning, match="integer linears run on ONNX Runtime's"):
+        stock = chunk(wide_heads.engine)
+    assert 0 < np.abs(in_float - stock).max() < 0.1 * np.abs(as_run - stock).max()
 
 
 @needs_library
