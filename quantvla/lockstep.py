@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from quantvla.staged import (
     stacked,
     without_padding,
 )
+from quantvla.tensor_file import mapped
 
 KEPT_BYTES = 2 << 30
 """Float weights of finished integers in memory; those beyond are made again in every call."""
@@ -67,14 +69,16 @@ class Call:
 class Lockstep:
     """Runs teacher and student over the calibration set, stage by stage.
 
-    Memory: one frame keeps its inputs, the context of teacher and student, and the states of the sampler.
+    What a frame keeps, its inputs and the context of teacher and student, are pages of files in ``folder``: keys and
+    values of a large language model are tens of megabytes a frame.
     """
 
     def __init__(
         self, loaded: LoadedPolicy, sites: Sequence[str], calibration: CalibrationSet,
-        floats: FloatWeights, weights: WeightStore, *, seed: int, progress: Progress,
+        floats: FloatWeights, weights: WeightStore, *, seed: int, folder: Path, progress: Progress,
     ) -> None:  # fmt: skip
         self._loaded, self._sites, self._calibration = loaded, sites, calibration
+        self._folder = folder
         self._floats, self._weights, self._seed, self._progress = floats, weights, seed, progress
         self._stage_of = {site.name: site.stage for site in loaded.sites}
         self._frames: list[_Frame] = []
@@ -96,7 +100,7 @@ class Lockstep:
         frames = self._ready_frames(what)[:first]
         for index, frame in enumerate(frames):
             self._progress(what, index, len(frames))
-            self._finish_student(frame, before=stage)
+            self._finish_student(index, frame, before=stage)
             pairs = zip(
                 self._sampled(stage, frame.teacher, frame),
                 self._sampled(stage, {**frame.teacher, **frame.student}, frame),
@@ -138,7 +142,10 @@ class Lockstep:
                     self._progress(f"{what}: teacher", index, len(self._calibration))
                     observation = self._calibration[index].observation
                     tensors = without_padding(self._loaded, prepare(preprocess, observation))
-                    known = run_context(self._loaded, tensors)
+                    known = mapped(
+                        self._folder / f"{index}.teacher.safetensors",
+                        run_context(self._loaded, tensors),
+                    )
                     states: list[NDArray[np.float32]] = []
                     noise = frame_noise(self._seed, index, shape)
                     sample(self._loaded, known, noise, partial(_keep_state, states))
@@ -164,7 +171,7 @@ class Lockstep:
         share = frame.attention / frame.attention.mean()
         return share.clamp_min(LEAST_ATTENTION)
 
-    def _finish_student(self, frame: _Frame, *, before: str) -> None:
+    def _finish_student(self, index: int, frame: _Frame, *, before: str) -> None:
         """Bring the student's context up to ``before``; a stage is run again when its integers are others."""
         rounded = self._corrected
         for stage in self._loaded.stages:
@@ -175,7 +182,10 @@ class Lockstep:
             )
             if rounded and frame.finished.get(stage.name) != rounded:
                 with self.student():
-                    frame.student |= run_stage(stage, {**frame.teacher, **frame.student})
+                    found = run_stage(stage, {**frame.teacher, **frame.student})
+                frame.student |= mapped(
+                    self._folder / f"{index}.student-{stage.name}.safetensors", found
+                )
                 frame.finished[stage.name] = rounded
 
     def teacher(self) -> AbstractContextManager[None]:

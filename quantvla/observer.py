@@ -41,8 +41,9 @@ class CalibrationObserver:
         self._planned = {entry.site: entry for entry in plan.quantized}
         self._stage_of = {site.name: site.stage for site in loaded.sites}
         self._runs = Lockstep(
-            loaded, list(self._planned), calibration, floats, weights, seed=seed, progress=progress
-        )
+            loaded, list(self._planned), calibration, floats, weights,
+            seed=seed, folder=work / "frames", progress=progress,
+        )  # fmt: skip
         self._statistics: dict[str, SiteStatistics] | None = None
         self._folded = 0
         self.frames = len(calibration)

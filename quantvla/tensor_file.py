@@ -1,4 +1,4 @@
-"""One float32 tensor a file, in the safetensors format, written a part at a time and read as pages of the file."""
+"""Tensors in safetensors files and read as pages of these: memory that the system can drop and read again."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SUFFIX = ".safetensors"
@@ -43,9 +47,23 @@ def write_parts(path: Path, name: str, shape: Sequence[int], parts: Iterable[Ten
 
 
 def read(path: Path) -> Tensor:
-    """Return the tensor of a file, as its pages: memory that the system can drop and read again."""
+    """Return the tensor of a file, as its pages."""
     (value,) = load_file(path).values()
     return value
+
+
+def mapped(path: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Write arrays to one file, replacing what is there, and return them as its pages."""
+    if not arrays:
+        return {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(
+        {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()},
+        partial,
+    )
+    partial.replace(path)
+    return {name: value.numpy() for name, value in load_file(path).items()}
 
 
 def name_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where float weights that a pass changed live: a policy of many gigabytes does not fit twice."""
+"""What passes keep of a policy of many gigabytes lives in files: it does not fit in memory twice."""
 
 from __future__ import annotations
 
@@ -112,6 +112,19 @@ def test_finished_integers_are_the_same_whether_their_float_weight_is_kept_or_no
     monkeypatch.setattr(lockstep, "KEPT_BYTES", 100_000)
     quantize(tiny_checkpoint, frames, recipe(*passes), tmp_path / "made")
     assert sha256_tree(tmp_path / "kept") == sha256_tree(tmp_path / "made")
+
+
+def test_what_is_kept_of_a_calibration_frame_are_pages_of_a_file(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    passes = (RoundWeights(), BalanceOutputs(band=0.0))
+    made = pipeline(recipe(*passes))
+    made.run(passes)
+    folder = tmp_path / "work" / "frames"
+    for frame in made.observer._runs._frames:
+        assert frame.teacher.keys() > frame.student.keys() and frame.student
+        for value in (*frame.teacher.values(), *frame.student.values()):
+            assert mapped_file(value.ctypes.data).startswith(str(folder))
 
 
 def test_frames_to_compare_folds_with_are_run_for_recipes_that_fold(
