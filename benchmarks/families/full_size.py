@@ -11,6 +11,7 @@ adds a line to ``benchmarks/families/full_size.json``. Memory is what the proces
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,6 @@ from quantvla.testing import groot, pi
 from quantvla.testing.statistics import random_statistics
 
 RESULT = Path(__file__).parent / "full_size.json"
-FRAMES = 4
 TEXTS = ("push the red block", "open the door")
 
 
@@ -147,11 +147,12 @@ def measured() -> Iterator[Callable[[], Step]]:
         thread.join()
 
 
-def write_frames(directory: Path, kind: str) -> None:
-    """Write a calibration set of random frames."""
+def write_frames(directory: Path, kind: str, count: int) -> None:
+    """Write a calibration set of ``count`` random frames."""
+    shutil.rmtree(directory, ignore_errors=True)
     size: Any = groot.FULL_SIZE if kind == "groot" else pi.FULL_SIZE
     directory.mkdir(parents=True, exist_ok=True)
-    for index in range(FRAMES):
+    for index in range(count):
         generator = np.random.default_rng(index)
         shape = (size.camera_height, size.camera_width, 3)
         images = {key: generator.integers(0, 256, shape, dtype=np.uint8) for key in size.cameras}
@@ -180,12 +181,13 @@ def make(kind: str, directory: Path) -> None:
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--recipe", default="rtn-w4a8", show_default=True)
-def run(checkpoint: Path, recipe: str) -> None:
+@click.option("--frames", default=4, show_default=True, help="Random frames to calibrate with.")
+def run(checkpoint: Path, recipe: str, frames: int) -> None:
     """Quantize, export and run a chunk; print and keep the figures."""
     kind = policy_type(checkpoint)
     work = checkpoint.with_name(f"{checkpoint.name}-{recipe}")
     with measured() as quantized:
-        plan = quantized_plan(checkpoint, recipe, work / "checkpoint")
+        plan = quantized_plan(checkpoint, recipe, work / "checkpoint", frames)
     click.echo(f"quantize {quantized()}")
     with measured() as exported:
         export_engine(work / "checkpoint", "cpu", work / "engine", overwrite=True, progress=_say)
@@ -197,7 +199,7 @@ def run(checkpoint: Path, recipe: str) -> None:
         with policy.timing() as durations:
             policy.predict_action_chunk(observation, seed=0)
     found = Run(
-        kind, recipe, FRAMES, quantized(), exported(), ran(), round(engine_gb, 3), round(plan.saving(), 4),
+        kind, recipe, frames, quantized(), exported(), ran(), round(engine_gb, 3), round(plan.saving(), 4),
         {name: round(sum(spans) / 1e6, 1) for name, spans in durations.items()},
     )  # fmt: skip
     click.echo(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
@@ -210,17 +212,18 @@ def run(checkpoint: Path, recipe: str) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--recipe", default="rtn-w4a8", show_default=True)
-def quantize_only(checkpoint: Path, output: Path, recipe: str) -> None:
+@click.option("--frames", default=4, show_default=True, help="Random frames to calibrate with.")
+def quantize_only(checkpoint: Path, output: Path, recipe: str, frames: int) -> None:
     """Quantize, or continue a run that was killed."""
-    quantized_plan(checkpoint, recipe, output)
+    quantized_plan(checkpoint, recipe, output, frames)
 
 
-def quantized_plan(checkpoint: Path, recipe: str, output: Path) -> Plan:
-    """Quantize on the random frames and return the plan."""
-    frames = output.with_name("frames")
-    write_frames(frames, policy_type(checkpoint))
+def quantized_plan(checkpoint: Path, recipe: str, output: Path, frames: int) -> Plan:
+    """Quantize on random frames and return the plan."""
+    folder = output.with_name("frames")
+    write_frames(folder, policy_type(checkpoint), frames)
     result = quantize(
-        checkpoint, open_set(frames), read_recipe(recipe), output, overwrite=True, progress=_say
+        checkpoint, open_set(folder), read_recipe(recipe), output, overwrite=True, progress=_say
     )
     return result.plan
 
