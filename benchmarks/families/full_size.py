@@ -4,18 +4,17 @@
     python -m benchmarks.families.full_size run build/full_size/pi05 --recipe rtn-w4a8
 
 ``make`` writes a checkpoint with random weights tensor by tensor (float32 as lerobot saves it, so
-16.6 GB for pi0.5). ``run`` quantizes it on a few random frames, exports the engine and runs a chunk, and
-adds a line to ``benchmarks/families/full_size.json``. Memory is what the process allocates
-(``RssAnon``), sampled; pages of the checkpoint, which the system can drop and read again, are apart.
+16.6 GB for pi0.5). ``run`` quantizes it on a few random frames, exports the engine and runs a chunk, each in a
+process of its own, and adds a line to ``benchmarks/families/full_size.json``. Memory is what the process
+allocates (``RssAnon``), sampled; pages of files, which the system can drop and read again, are apart.
 """
 
 from __future__ import annotations
 
 import shutil
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,13 @@ from lerobot.policies.groot.groot_n1_7 import GR00TN17Config
 from torch import nn
 
 from quantvla.calib_sets import open_set
-from quantvla.export.engine import export_engine
+from quantvla.checkpoint import read_card
 from quantvla.families import groot as groot_family
 from quantvla.families import policy_type
 from quantvla.families.groot.interface import BASE_DIRECTORY
 from quantvla.families.lerobot_checkpoint import WEIGHTS_FILE
 from quantvla.families.lerobot_interface import TOKENIZER_DIRECTORY
 from quantvla.families.pi import KINDS, empty_policy
-from quantvla.plan import Plan
 from quantvla.quantize import quantize
 from quantvla.recipe import read_recipe
 from quantvla.runtime.files import write_atomic
@@ -42,6 +40,7 @@ from quantvla.tensor_file import header
 from quantvla.testing import groot, pi
 from quantvla.testing.statistics import random_statistics
 
+MODULE = "benchmarks.families.full_size"
 RESULT = Path(__file__).parent / "full_size.json"
 TEXTS = ("push the red block", "open the door")
 
@@ -118,33 +117,26 @@ def random_weight(
 
 
 # --------------------------------------------------------------------------------------- measuring
-@contextmanager
-def measured() -> Iterator[Callable[[], Step]]:
-    """Sample this process's memory while the block runs; the function it yields returns the step afterwards."""
+def measured(*arguments: object) -> Step:
+    """Run a command of Python in a process of its own and sample its memory."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    click.echo(f"$ python {' '.join(command[1:])}")
     most = {"RssAnon": 0, "RssFile": 0}
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.05):
-            status = Path("/proc/self/status").read_text()
-            for key in most:
-                most[key] = max(most[key], int(status.split(f"{key}:")[1].split()[0]) * 1024)
-
-    thread = threading.Thread(target=sample, daemon=True)
     begin = time.perf_counter()
-    thread.start()
-    seconds = 0.0
-
-    def result() -> Step:
-        gib = {key: round(value / 2**30, 2) for key, value in most.items()}
-        return Step(round(seconds, 1), gib["RssAnon"], gib["RssFile"])
-
-    try:
-        yield result
-    finally:
-        seconds = time.perf_counter() - begin
-        done.set()
-        thread.join()
+    child = subprocess.Popen(command)
+    while child.poll() is None:
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        for key in most:
+            found = status.split(f"{key}:")[1:]  # nothing of a process that has just ended
+            most[key] = max([most[key], *(int(part.split()[0]) * 1024 for part in found)])
+        time.sleep(0.05)
+    seconds = time.perf_counter() - begin
+    if child.returncode:
+        sys.exit(child.returncode)
+    gib = {key: round(value / 2**30, 2) for key, value in most.items()}
+    step = Step(round(seconds, 1), gib["RssAnon"], gib["RssFile"])
+    click.echo(str(step))
+    return step
 
 
 def write_frames(directory: Path, kind: str, count: int) -> None:
@@ -182,28 +174,27 @@ def make(kind: str, directory: Path) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--recipe", default="rtn-w4a8", show_default=True)
 @click.option("--frames", default=4, show_default=True, help="Random frames to calibrate with.")
-def run(checkpoint: Path, recipe: str, frames: int) -> None:
-    """Quantize, export and run a chunk; print and keep the figures."""
+@click.option("--again", is_flag=True, help="Export and run what an earlier run quantized.")
+def run(checkpoint: Path, recipe: str, frames: int, again: bool) -> None:
+    """Quantize, export and run a chunk, each in its own process; print and keep the figures."""
     kind = policy_type(checkpoint)
     work = checkpoint.with_name(f"{checkpoint.name}-{recipe}")
-    with measured() as quantized:
-        plan = quantized_plan(checkpoint, recipe, work / "checkpoint", frames)
-    click.echo(f"quantize {quantized()}")
-    with measured() as exported:
-        export_engine(work / "checkpoint", "cpu", work / "engine", overwrite=True, progress=_say)
-    click.echo(f"export {exported()}")
-    engine_gb = sum(path.stat().st_size for path in (work / "engine").iterdir()) / 1e9
-    with measured() as ran, Policy.from_pretrained(work / "engine") as policy:
-        observation = policy.blank_observation()
-        policy.predict_action_chunk(observation, seed=0)
-        with policy.timing() as durations:
-            policy.predict_action_chunk(observation, seed=0)
+    quantized, engine, chunk = work / "checkpoint", work / "engine", work / "chunk.json"
+    kept = msgspec.json.decode(RESULT.read_bytes(), type=list[Run]) if RESULT.is_file() else []
+    earlier = next((r for r in kept if again and (r.policy, r.recipe) == (kind, recipe)), None)
+    if earlier is None:
+        first = measured(MODULE, "quantize", checkpoint, quantized, f"--recipe={recipe}", f"--frames={frames}")  # fmt: skip
+    else:
+        first, frames = earlier.quantize, earlier.frames
+    exported = measured("quantvla", "export", quantized, "-o", engine, "--overwrite")
+    ran = measured(MODULE, "chunk", engine, chunk)
     found = Run(
-        kind, recipe, frames, quantized(), exported(), ran(), round(engine_gb, 3), round(plan.saving(), 4),
-        {name: round(sum(spans) / 1e6, 1) for name, spans in durations.items()},
+        kind, recipe, frames, first, exported, ran,
+        engine_gb=round(sum(path.stat().st_size for path in engine.iterdir()) / 1e9, 3),
+        saving=round(read_card(quantized).plan.saving(), 4),
+        stages_ms=msgspec.json.decode(chunk.read_bytes()),
     )  # fmt: skip
     click.echo(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
-    kept = msgspec.json.decode(RESULT.read_bytes(), type=list[Run]) if RESULT.is_file() else []
     kept = [r for r in kept if (r.policy, r.recipe) != (kind, recipe)] + [found]
     write_atomic(RESULT, msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
 
@@ -214,18 +205,26 @@ def run(checkpoint: Path, recipe: str, frames: int) -> None:
 @click.option("--recipe", default="rtn-w4a8", show_default=True)
 @click.option("--frames", default=4, show_default=True, help="Random frames to calibrate with.")
 def quantize_only(checkpoint: Path, output: Path, recipe: str, frames: int) -> None:
-    """Quantize, or continue a run that was killed."""
-    quantized_plan(checkpoint, recipe, output, frames)
-
-
-def quantized_plan(checkpoint: Path, recipe: str, output: Path, frames: int) -> Plan:
-    """Quantize on random frames and return the plan."""
+    """Quantize on random frames, or continue a run that was killed."""
     folder = output.with_name("frames")
     write_frames(folder, policy_type(checkpoint), frames)
-    result = quantize(
+    quantize(
         checkpoint, open_set(folder), read_recipe(recipe), output, overwrite=True, progress=_say
     )
-    return result.plan
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=click.Path(path_type=Path))
+def chunk(engine: Path, output: Path) -> None:
+    """Load an engine and run two chunks; write the milliseconds of the second."""
+    with Policy.from_pretrained(engine) as policy:
+        observation = policy.blank_observation()
+        policy.predict_action_chunk(observation, seed=0)
+        with policy.timing() as durations:
+            policy.predict_action_chunk(observation, seed=0)
+    stages = {name: round(sum(spans) / 1e6, 1) for name, spans in durations.items()}
+    output.write_bytes(msgspec.json.encode(stages))
 
 
 def _say(what: str, done: int, total: int) -> None:
