@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from quantvla.staged import make_preprocessor, prepare, run_context, sample, wit
 from quantvla.statistics import SiteStatistics, observe, require_calls, require_finite
 
 SAVE_EVERY_FRAMES = 16
+SAVE_EVERY_SECONDS = 60
+"""Whichever comes first; a frame of a policy of billions of parameters takes a minute."""
 
 
 def frame_noise(seed: int, frame: int, shape: Sequence[int]) -> NDArray[np.float32]:
@@ -47,14 +50,17 @@ def collect_statistics(
     repeats = {stage.name: stage.repeat for stage in loaded.stages}
     stage_of = {site.name: site.stage for site in loaded.sites}
     calls = {name: len(frames) * repeats[stage_of[name]] for name in sites}
+    saved = time.monotonic()
     with observe(loaded.policy, statistics, calls):
         for index in range(done, len(frames)):
             progress("calibrating", index, len(frames))
             tensors = without_padding(loaded, prepare(preprocess, frames[index].observation))
             sample(loaded, run_context(loaded, tensors), frame_noise(seed, index, noise_shape))
-            if (index + 1) % SAVE_EVERY_FRAMES == 0 or index + 1 == len(frames):
+            due = time.monotonic() - saved > SAVE_EVERY_SECONDS
+            if due or (index + 1) % SAVE_EVERY_FRAMES == 0 or index + 1 == len(frames):
                 require_finite(statistics, index)
                 _write_journal(journal, statistics, index + 1)
+                saved = time.monotonic()
     progress("calibrating", len(frames), len(frames))
     require_calls(statistics, calls.items())
     return statistics

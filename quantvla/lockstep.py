@@ -6,6 +6,7 @@ what differs is what the integers do and not where the trajectory went.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from quantvla import tensor_file
 from quantvla.calib_sets import CalibrationSet
 from quantvla.calibrate import frame_noise
 from quantvla.families.base import LoadedPolicy, replaced
@@ -25,6 +27,7 @@ from quantvla.float_weights import FloatWeights
 from quantvla.passes.base import WeightStore
 from quantvla.progress import Progress
 from quantvla.quantized_linear import SimulatedLinear
+from quantvla.runtime.preprocess import Preprocessor
 from quantvla.staged import (
     Tensors,
     make_preprocessor,
@@ -35,10 +38,11 @@ from quantvla.staged import (
     stacked,
     without_padding,
 )
-from quantvla.tensor_file import mapped
 
 KEPT_BYTES = 2 << 30
 """Float weights of finished integers in memory; those beyond are made again in every call."""
+STATES = "sampler.states"
+"""Name of the teacher's denoising states among what it knows of a frame, in files."""
 LEAST_ATTENTION = 0.05
 """A token counts at least this share of the mean, so that moments keep their rank."""
 
@@ -70,7 +74,7 @@ class Lockstep:
     """Runs teacher and student over the calibration set, stage by stage.
 
     What a frame keeps, its inputs and the context of teacher and student, are pages of files in ``folder``: keys and
-    values of a large language model are tens of megabytes a frame.
+    values of a large language model are tens of megabytes a frame. A run that continues finds the teacher's there.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Lockstep:
         floats: FloatWeights, weights: WeightStore, *, seed: int, folder: Path, progress: Progress,
     ) -> None:  # fmt: skip
         self._loaded, self._sites, self._calibration = loaded, sites, calibration
-        self._folder = folder
+        self._root, self._state = folder, 0
         self._floats, self._weights, self._seed, self._progress = floats, weights, seed, progress
         self._stage_of = {site.name: site.stage for site in loaded.sites}
         self._frames: list[_Frame] = []
@@ -89,6 +93,8 @@ class Lockstep:
     def forget_(self) -> None:
         """Start over: the float weights are other ones now."""
         self._frames = []
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._state += 1
 
     def corrected_(self) -> None:
         """Forget what the student showed: a correction changed it."""
@@ -135,23 +141,32 @@ class Lockstep:
         """Return all frames with the teacher's context and states, computed once per state of the weights."""
         if not self._frames:
             preprocess = make_preprocessor(self._loaded.interface)
-            shape = self._loaded.interface.sampler.noise_shape
             frames = []
             with self.teacher():
                 for index in range(len(self._calibration)):
                     self._progress(f"{what}: teacher", index, len(self._calibration))
-                    observation = self._calibration[index].observation
-                    tensors = without_padding(self._loaded, prepare(preprocess, observation))
-                    known = mapped(
-                        self._folder / f"{index}.teacher.safetensors",
-                        run_context(self._loaded, tensors),
-                    )
-                    states: list[NDArray[np.float32]] = []
-                    noise = frame_noise(self._seed, index, shape)
-                    sample(self._loaded, known, noise, partial(_keep_state, states))
-                    frames.append(_Frame(known, states))
+                    path = self._folder / f"{index}.teacher.safetensors"
+                    if path.is_file():
+                        known = tensor_file.read_arrays(path)
+                    else:
+                        known = tensor_file.mapped(path, self._teach(preprocess, index))
+                    frames.append(_Frame(known, list(known.pop(STATES))))
             self._frames = frames
         return self._frames
+
+    def _teach(self, preprocess: Preprocessor, index: int) -> Tensors:
+        """Return what the teacher knows of a frame before sampling, and its denoising states."""
+        sampler, states = self._loaded.interface.sampler, list[NDArray[np.float32]]()
+        observation = self._calibration[index].observation
+        tensors = without_padding(self._loaded, prepare(preprocess, observation))
+        known = run_context(self._loaded, tensors)
+        noise = frame_noise(self._seed, index, sampler.noise_shape)
+        sample(self._loaded, known, noise, partial(_keep_state, states))
+        return {**known, STATES: np.stack(states)}
+
+    @property
+    def _folder(self) -> Path:
+        return self._root / str(self._state)
 
     def attention(self, index: int, tokens: int) -> Tensor:
         """Return how much attention each of the leading ``tokens`` keys gets, mean 1, at least a twentieth."""
@@ -183,7 +198,7 @@ class Lockstep:
             if rounded and frame.finished.get(stage.name) != rounded:
                 with self.student():
                     found = run_stage(stage, {**frame.teacher, **frame.student})
-                frame.student |= mapped(
+                frame.student |= tensor_file.mapped(
                     self._folder / f"{index}.student-{stage.name}.safetensors", found
                 )
                 frame.finished[stage.name] = rounded

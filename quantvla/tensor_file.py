@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantvla.runtime.files import atomic_file
+
 SUFFIX = ".safetensors"
 _ALIGNMENT = 64
 """Bytes: where tensors begin in memory changes how products are summed, so it is the same for every file."""
@@ -54,15 +56,16 @@ def read(path: Path) -> Tensor:
 
 def mapped(path: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Write arrays to one file, replacing what is there, and return them as its pages."""
-    if not arrays:
-        return {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()},
-        partial,
-    )
-    partial.replace(path)
+    tensors = {
+        name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()
+    }
+    with atomic_file(path) as partial:
+        save_file(tensors, partial)
+    return read_arrays(path)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a file, as its pages."""
     return {name: value.numpy() for name, value in load_file(path).items()}
 
 

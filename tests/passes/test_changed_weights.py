@@ -120,7 +120,7 @@ def test_what_is_kept_of_a_calibration_frame_are_pages_of_a_file(
     passes = (RoundWeights(), BalanceOutputs(band=0.0))
     made = pipeline(recipe(*passes))
     made.run(passes)
-    folder = tmp_path / "work" / "frames"
+    folder = tmp_path / "work" / "frames" / "0"
     for frame in made.observer._runs._frames:
         assert frame.teacher.keys() > frame.student.keys() and frame.student
         for value in (*frame.teacher.values(), *frame.student.values()):

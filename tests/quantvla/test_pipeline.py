@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantvla import lockstep
 from quantvla.calib_sets import CalibrationSet
 from quantvla.checkpoint import load_quantized, read_added, read_card
 from quantvla.families import load_policy
@@ -80,6 +81,25 @@ def test_a_run_stopped_in_any_pass_continues_to_the_same_bytes(
         quantize(tiny_checkpoint, tiny_frames, recipe(PASSES), tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
     quantize(tiny_checkpoint, tiny_frames, recipe(PASSES), tmp_path / "out")
+    assert sha256_tree(tmp_path / "out") == sha256_tree(whole)
+
+
+def test_a_run_that_continues_does_not_run_the_teacher_again(
+    tiny_checkpoint: Path, tiny_frames: CalibrationSet, tmp_path: Path, whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop(now: str, done: int, _total: int) -> None:
+        if now.startswith("attention output") and "teacher" not in now and done == 1:
+            raise StopError
+
+    def not_again(*_: object) -> None:
+        raise AssertionError
+
+    with pytest.raises(StopError):
+        quantize(tiny_checkpoint, tiny_frames, recipe(PASSES), tmp_path / "out", progress=stop)
+    with monkeypatch.context() as patched:
+        patched.setattr(lockstep, "run_context", not_again)
+        quantize(tiny_checkpoint, tiny_frames, recipe(PASSES), tmp_path / "out")
     assert sha256_tree(tmp_path / "out") == sha256_tree(whole)
 
 
