@@ -38,13 +38,10 @@ def write_parts(path: Path, name: str, shape: Sequence[int], parts: Iterable[Ten
     Replaces what is at ``path``; who has that mapped keeps it. The file is whole when it gets its name, and on
     disk when it is flushed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
+    with atomic_file(path, flush=False) as partial, partial.open("wb") as stream:
         stream.write(header({name: shape}))
         for part in parts:
             stream.write(part.detach().float().contiguous().numpy().data)
-    partial.replace(path)
     return read(path)
 
 

@@ -86,14 +86,18 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write, which becomes ``path`` only if the block ends without an error."""
+def atomic_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
+    """Yield the name of a file to write, which becomes ``path`` only if the block ends without an error.
+
+    It is on the disk then, unless ``flush`` is false: for many files that are flushed together (`fsync_tree`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
+        if flush:
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

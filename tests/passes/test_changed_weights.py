@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantvla import float_weights, lockstep
+from quantvla import float_weights, lockstep, tensor_file
 from quantvla.calib_sets import CalibrationSet
 from quantvla.passes import BalanceOutputs, FoldNorms, Gptq, Pass, RoundWeights, Smooth
 from quantvla.pipeline import Pipeline
 from quantvla.quantize import quantize
 from quantvla.recipe import Recipe, read_recipe
+from quantvla.runtime.errors import QuantVLAError
 from quantvla.runtime.files import sha256_tree
 
 
@@ -65,6 +66,19 @@ def test_they_are_pages_already_while_the_pass_runs(
     assert torch.equal(value.double(), 4 * before)
     floats.undo_()
     assert torch.equal(floats.get(name), before)
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(
+    pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_file, "header", full)
+    made = pipeline(recipe(FoldNorms(), RoundWeights()))
+    with pytest.raises(QuantVLAError, match=r"safetensors: could not be written.*No space left"):
+        made.run((FoldNorms(),))
+    assert not list((tmp_path / "work").rglob("*.partial"))
 
 
 def test_files_that_a_later_fold_replaces_are_removed_and_those_of_a_correction_stay(
