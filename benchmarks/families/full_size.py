@@ -24,7 +24,7 @@ import numpy as np
 from lerobot.policies.groot.groot_n1_7 import GR00TN17Config
 from torch import nn
 
-from quantvla.calib_sets import open_set
+from quantvla.calib_sets import limit, open_set
 from quantvla.checkpoint import read_card
 from quantvla.families import groot as groot_family
 from quantvla.families import policy_type
@@ -151,7 +151,7 @@ def write_frames(directory: Path, kind: str, count: int) -> None:
         state = generator.standard_normal(size.state_dim).astype(np.float32)
         np.savez(
             directory / f"{index}.npz", **images, **{"observation.state": state},
-            task=TEXTS[index % 2], episode=index, frame=0,
+            task=TEXTS[index % 2], episode=index // 4, frame=index % 4,
         )  # fmt: skip
 
 
@@ -207,10 +207,9 @@ def run(checkpoint: Path, recipe: str, frames: int, again: bool) -> None:
 def quantize_only(checkpoint: Path, output: Path, recipe: str, frames: int) -> None:
     """Quantize on random frames, or continue a run that was killed."""
     folder = output.with_name("frames")
-    write_frames(folder, policy_type(checkpoint), frames)
-    quantize(
-        checkpoint, open_set(folder), read_recipe(recipe), output, overwrite=True, progress=_say
-    )
+    write_frames(folder, policy_type(checkpoint), 2 * frames + 4)  # some of a set are held out
+    calibration = limit(open_set(folder), frames=frames, seed=0).part("calibration")
+    quantize(checkpoint, calibration, read_recipe(recipe), output, overwrite=True, progress=_say)
 
 
 @main.command()
@@ -228,7 +227,7 @@ def chunk(engine: Path, output: Path) -> None:
 
 
 def _say(what: str, done: int, total: int) -> None:
-    if done % 16 == 0 or done == total:
+    if done % 16 == 0 or done == total or total < 16:
         click.echo(f"{what}: {done}/{total}", err=True)
 
 
