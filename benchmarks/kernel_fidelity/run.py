@@ -1,17 +1,18 @@
-"""How close can two programs that compute with the same integers be? Chunks of two engines against three references.
+"""How close can two programs that compute with the same integers be? Chunks of two engines and three references.
 
     quantvla export build/demo/quantized --kernels onnxruntime -o build/engines/w4a8-stock
     python benchmarks/kernel_fidelity/run.py --engine build/demo/engines/w4a8 --stock build/engines/w4a8-stock \
         --policy.path examples/metaworld/policy
 
 - engine: the project's own kernels
+- engine, float32 attention: the same with float32 products in its attentions, as on processors without bfloat16
 - stock: ``MatMulNBits`` of ONNX Runtime, the same integers
 - operators: the same graphs in ONNX Runtime with every ``MatMulNBits`` written out in standard operators
   (block maximum, rounding, exact integer products in float32, scaling, sum): same float code upstream
 - torch: the reference arithmetic of `quantvla.quantizer` in lerobot's policy
 - torch, oneDNN off: the same program with PyTorch's other float32 matrix product
 
-Every pair differs by float rounding alone, about 1e-7 relative, until that moves an activation across a rounding
+Every pair without "engine" differs by float rounding alone, about 1e-7 relative, until that moves an activation across a rounding
 boundary of int8; from there on the chunks differ by a share of the quantization error. Writes ``result.json`` beside this file.
 """
 
@@ -44,11 +45,13 @@ from quantvla.export.kernels import site_name
 from quantvla.families import load_policy
 from quantvla.families.base import LoadedPolicy
 from quantvla.quantizer import INT8_MAX, QuantizedWeight
+from quantvla.runtime import kernels
 from quantvla.runtime.files import sha256_file
 from quantvla.runtime.manifest import MANIFEST_FILE
 from quantvla.runtime.policy import Policy
 
 Array = NDArray[np.float32]
+IN_FLOAT = "engine, float32 attention"
 
 
 def write_operators(engine: Path, output: Path) -> None:
@@ -170,6 +173,8 @@ def main() -> None:
         name: engine_chunks(path, frames, arguments.seed)
         for name, path in (("engine", arguments.engine), ("stock", arguments.stock))
     }
+    with kernels.float_attention():
+        chunks[IN_FLOAT] = engine_chunks(arguments.engine, frames, arguments.seed)
     with TemporaryDirectory() as work:
         operators = Path(work) / "operators"
         write_operators(arguments.stock, operators)
