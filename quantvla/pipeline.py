@@ -111,7 +111,7 @@ class Pipeline:
         floats.drop_hidden()
         if step.phase == "correction":
             self.observer.corrected()
-        elif floats.changed():
+        elif report.folds or floats.changed():  # later folds may have replaced all files of this one
             self.observer.floats_changed()
         return report
 
