@@ -111,7 +111,8 @@ class Pipeline:
         floats.drop_hidden()
         if step.phase == "correction":
             self.observer.corrected()
-        elif report.folds or floats.changed():  # later folds may have replaced all files of this one
+        elif report.folds or floats.changed():
+            # folds count even where later ones have replaced all files of this one
             self.observer.floats_changed()
         return report
 
