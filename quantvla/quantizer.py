@@ -95,9 +95,8 @@ def block_scales(
     """
     columns = weight.shape[1]
     importance = torch.ones(columns) if importance is None else importance.float()
-    parts = torch.split(
-        weight.detach(), max(1, _SEARCHED_AT_A_TIME // columns)
-    )  # rows are independent
+    rows = max(1, _SEARCHED_AT_A_TIME // columns)  # each row is searched by itself
+    parts = torch.split(weight.detach(), rows)
     return torch.cat([_block_scales(part, bits, block, importance, search) for part in parts])
 
 

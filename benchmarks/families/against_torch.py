@@ -86,7 +86,7 @@ def use_tokens(config: Any, directory: Path) -> None:
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
-@click.argument("engines", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--rounds", default=5, show_default=True)
 def main(checkpoint: Path, engines: tuple[Path, ...], rounds: int) -> None:
     """Measure and print; keep the result."""
