@@ -2,7 +2,8 @@
 
 - parity: float engine against lerobot's own policy; what lowering and the runtime add
 - kernel: every integer kernel against the reference arithmetic on the same integers and the same
-  input; what the kernels add. Own attentions too, whose products may be of bfloat16 numbers. Whole chunks are compared too, where the quantized checkpoint is given
+  input; what the kernels add. Own attentions against theirs, whose products may be of bfloat16
+  numbers. Whole chunks are compared too, where the quantized checkpoint is given
   (its float rest may carry folds), but there a float difference of 1e-6 upstream moves some
   activations to the neighbouring int8 code, in any two correct programs (benchmarks/kernel_fidelity), so
   that the bound on chunks is a share of the quantization error, or the bound of a kernel on their relative
@@ -287,16 +288,16 @@ def _kernel_error(
     quantization: QuantizationError,
     noise_floor: RoundingResponse | None,
 ) -> KernelError:
-    attention = max(calls.attentions, default=None)
+    attention, linears = _largest(calls.attentions), _largest(calls.linears)
     if integer is None:
-        return KernelError(max(calls.linears), None, None, None, attention_max_abs=attention)
+        return KernelError(linears, None, None, None, attention_max_abs=attention)
     as_run, chunks, reference = (
         np.stack([t.chunk for t in found]) for found in (ours, compared, integer)
     )
     chunk_max = float(np.abs(chunks - reference).max())
     nrmse = relative_rms(chunks, reference, axes=(0, 1, 2))[0]
     return KernelError(
-        max_abs=max(calls.linears, default=chunk_max),
+        max_abs=chunk_max if linears is None else linears,
         chunk_max_abs=chunk_max,
         chunk_nrmse=nrmse,
         share=nrmse / max(quantization.nrmse, 1e-12) if calls.linears else None,
@@ -305,6 +306,11 @@ def _kernel_error(
         attention_max_abs=attention,
         bfloat16_nrmse=relative_rms(as_run, chunks, axes=(0, 1, 2))[0] or None,
     )
+
+
+def _largest(errors: Sequence[float]) -> float | None:
+    """Return the largest error, NaN if one is, None of none."""
+    return float(np.max(errors)) if errors else None
 
 
 def _max_abs(ours: Sequence[Array], theirs: Sequence[Array]) -> float:

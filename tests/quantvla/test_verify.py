@@ -145,8 +145,12 @@ def test_own_attentions_are_compared_call_by_call_and_in_chunks_with_float_produ
     assert (report.kernel.bfloat16_nrmse is not None) == has_bfloat16
     assert report.kernel.attention_max_abs < (2**-7 if has_bfloat16 else 1e-5)
     assert report.kernel.share is not None and report.kernel.share < 0.05
-    monkeypatch.setattr(fidelity_kernels, "attention_difference", lambda *_, **__: 0.01)
-    assert verified().failed == ("attention",)
+    for wrong in (0.01, float("nan")):
+        found = iter((0.0, wrong))  # not the first call
+        monkeypatch.setattr(
+            fidelity_kernels, "attention_difference", lambda *_, f=found, **__: next(f, 0.0)
+        )
+        assert verified().failed == ("attention",)
 
 
 def test_chunks_are_compared_with_the_checkpoint_of_the_same_integers_only(
